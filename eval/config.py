@@ -1,0 +1,142 @@
+"""What an evaluation runs on, as one flat record: from a TOML file, the command line, or Python.
+
+Light to import: the command line builds its help from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from flaxqa.errors import UsageError, all_problems
+
+PATHS = ("model", "data", "output")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """One evaluation of a checkpoint on a SQuAD v1.1 data set."""
+
+    model: str
+    """Checkpoint: a directory, or a hub id (distilbert/distilbert-base-uncased-distilled-squad)."""
+
+    data: str
+    """Questions: a SQuAD v1.1 JSON file, or a hub data set (rajpurkar/squad)."""
+
+    output: str
+    """Directory for the results; made if missing. Results of an earlier run are replaced."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model. The commit it resolves to is in run.json."""
+
+    split: str = "validation"
+    """Split of a hub data set."""
+
+    data_revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+
+    limit: int | None = None
+    """Only the first so many questions. The scores are then those of this part alone."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of weights and operands; sums, norms and softmax are float32 in any case."""
+
+    matmul_precision: Literal["float32", "tensorfloat32", "bfloat16", "default"] = "float32"
+    """Of float32 products. JAX's own default is TF32 on NVIDIA and bfloat16 passes on TPU."""
+
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How rows are split over devices: jit over a mesh, or pmap. The answers are the same."""
+
+    devices: int | None = None
+    """How many local devices to use; all of them when left out."""
+
+    batch_size: int | None = None
+    """Windows of a batch on all devices together; by tokens and device when left out."""
+
+    max_length: int = 384
+    """Tokens of a window: question, part of the context and three special tokens."""
+
+    doc_stride: int = 128
+    """Context tokens that neighbouring windows share."""
+
+    n_best: int = 20
+    """Starts and ends tried for each window, and answers kept for each question."""
+
+    max_answer_length: int = 30
+    """Tokens of the longest answer."""
+
+    min_f1: float | None = None
+    """A gate: exit code 5 when F1 in percent is below it. The results are written all the same."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {value}, it must be at least 1"
+            for name in ("limit", "devices", "batch_size", "n_best", "max_answer_length")
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+        if problems:
+            raise UsageError(all_problems("the config cannot be used", problems))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The fields of an EvalConfig that a TOML file sets, checked one by one.
+
+    A `model`, `data` or `output` that begins with `./` or `../` is relative to the file; any other
+    is taken as on the command line.
+
+    Raises:
+      UsageError: the file cannot be read, or has an unknown field or a value of another type.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    known = typing.get_type_hints(EvalConfig)
+    problems = []
+    for name, value in values.items():
+        if name not in known:
+            problems.append(f"{name} is no field; those are {', '.join(known)}")
+        elif not fits(value, known[name]):
+            problems.append(f"{name} is {value!r}, it must be {describe(known[name])}")
+        elif name in PATHS and value.startswith(("./", "../")):
+            values[name] = str((path.parent / value).resolve())
+    if problems:
+        raise UsageError(all_problems(str(path), problems))
+    return values
+
+
+def fits(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, option) for option in typing.get_args(kind))
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def describe(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    if isinstance(kind, types.UnionType):
+        options = [option for option in typing.get_args(kind) if option is not types.NoneType]
+        return describe(options[0])
+    return {str: "a string", int: "an integer", float: "a number"}[kind]
+
+
+def from_options(options: dict[str, Any], toml: str | Path | None = None) -> EvalConfig:
+    """The config of a TOML file with the given options over it.
+
+    Raises:
+      UsageError: `model`, `data` or `output` is set by neither.
+    """
+    values = {**(read_toml(toml) if toml else {}), **options}
+    if missing := [name for name in PATHS if name not in values]:
+        flags = ", ".join(f"--{name}" for name in missing)
+        raise UsageError(f"{flags} needed, on the command line or in the --config file")
+    return EvalConfig(**values)

@@ -1,0 +1,400 @@
+"""A Hugging Face checkpoint, from the hub or a directory: config, tokenizer and model, or an error.
+
+Nothing is guessed. A tensor that is missing, left over, of another shape or not finite, a config
+that lies, a tokenizer of another vocabulary: each is refused by name, before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+import tokenizers
+from flax import nnx
+from jax.typing import DTypeLike
+
+from flaxqa import files, weights
+from flaxqa.errors import ModelRejected, TryAgain, UsageError, all_problems
+from flaxqa.model import DistilBertConfig, DistilBertForQuestionAnswering
+
+# PyTorch calls the array of every kind of layer `weight`; Flax names it by the kind.
+TORCH_NAME = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+JSON_LIMIT = 64 << 20  # bytes; bert-base-uncased's tokenizer.json has 0.7 MB
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model that was loaded whole, and where it came from.
+
+    Attributes:
+      tokenizer: without truncation and padding, whatever the file said.
+      directory: where its files lie, for a hub repository in the hub's cache.
+      commit: the 40-digit commit of a hub repository, None for a directory.
+      files: what was read, by name.
+      ignored: tensors that were left out on purpose, each with the reason.
+    """
+
+    model: DistilBertForQuestionAnswering
+    config: DistilBertConfig
+    tokenizer: tokenizers.Tokenizer
+    directory: Path
+    commit: str | None
+    files: tuple[str, ...]
+    ignored: Mapping[str, str]
+
+    def sha256(self) -> dict[str, str]:
+        """The sha256 of every file that was read, by name."""
+        hashes = {}
+        for name in self.files:
+            with (self.directory / name).open("rb") as file:
+                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashes
+
+
+def load(
+    name: str | Path, *, revision: str | None = None, dtype: DTypeLike = "float32"
+) -> Checkpoint:
+    """Loads a question-answering checkpoint, every tensor accounted for.
+
+    Args:
+      name: a directory, or a hub id such as `distilbert/distilbert-base-uncased-distilled-squad`.
+      revision: branch, tag or commit of the hub repository.
+      dtype: of the weights and of the products' operands, one of DTYPES.
+
+    Raises:
+      ModelRejected: a file is missing, damaged, unsafe, or does not fit the others; says which.
+      UsageError: there is no such directory or repository, or no such dtype.
+      TryAgain: the hub cannot be reached and its cache has no copy.
+    """
+    dtype = checked_dtype(dtype)
+    directory, commit = locate(name, revision)
+    try:
+        config = DistilBertConfig.from_dict(read_json(directory, "config.json"))
+    except ModelRejected as error:
+        raise ModelRejected(f"{directory / 'config.json'}: {error}") from error
+    tokenizer, tokenizer_files = load_tokenizer(directory)
+    if problems := tokenizer_problems(tokenizer, config):
+        raise ModelRejected(all_problems(f"{directory}: the tokenizer does not fit", problems))
+    weight_files = weights.find(directory)
+    tensors = weights.read(directory)
+    try:
+        model, ignored = from_tensors(tensors, config, dtype=dtype)
+    except ModelRejected as error:
+        raise ModelRejected(f"{weight_files[0]}: {error}") from error
+    names = ("config.json", *tokenizer_files, *(path.name for path in weight_files))
+    return Checkpoint(model, config, tokenizer, directory, commit, names, ignored)
+
+
+def checked_dtype(dtype: DTypeLike) -> np.dtype:
+    name = jnp.dtype(dtype).name if not isinstance(dtype, str) else dtype
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    if name == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
+        raise UsageError("dtype float64 needs jax.enable_x64(True)")
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def locate(name: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
+    """(directory, commit) of a checkpoint's files; those of a hub repository are fetched first."""
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if revision is not None:
+            raise UsageError(f"{name} is a directory; a revision belongs to a hub id")
+        return directory, None
+    parts = str(name).split("/")
+    if directory.exists() or len(parts) > 2 or parts[0] in ("", ".", "..", "~"):
+        raise UsageError(f"{name} is {'not a directory' if directory.exists() else 'missing'}")
+    return fetch(str(name), revision)
+
+
+def fetch(repo_id: str, revision: str | None) -> tuple[Path, str]:
+    """The repository's config, tokenizer and one format of weights, in the hub's own cache."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def get(file: str) -> Path:
+        return Path(huggingface_hub.hf_hub_download(repo_id, file, revision=revision))
+
+    def get_if_there(file: str) -> bool:
+        try:
+            get(file)
+        except errors.EntryNotFoundError:
+            return False
+        return True
+
+    where = f"{repo_id} at {revision or 'main'}"
+    try:
+        directory = get("config.json").parent
+        revision = directory.name  # the commit: all files are of one state of the repository
+        if not any([get_if_there(file) for file in ("tokenizer.json", "vocab.txt")]):
+            raise ModelRejected(f"{where} has neither tokenizer.json nor vocab.txt")
+        get_if_there("tokenizer_config.json")
+        found = next((file for file in weights.FORMATS if get_if_there(file)), None)
+        if found == weights.SHARDED:
+            for shard in set(weights.weight_map(directory / found).values()):
+                if "/" in shard:
+                    raise ModelRejected(f"{where}: {shard!r} is not a bare file name")
+                get(shard)
+    except errors.LocalEntryNotFoundError as error:
+        raise TryAgain(
+            f"{where} is not in the hub's cache and the hub cannot be reached; "
+            "name a local directory, or try again online"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise ModelRejected(f"{where} is not a whole checkpoint: {error}") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise UsageError(f"the hub has no {where}, or it is private") from error
+    except errors.HFValidationError as error:
+        raise UsageError(f"{repo_id!r} is neither a directory nor a hub id: {error}") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise TryAgain(f"{where} cannot be fetched: {error}") from error
+    return directory, directory.name
+
+
+def read_json(directory: Path, name: str) -> dict[str, Any]:
+    path = weights.inside(directory, name)
+    if path.stat().st_size > JSON_LIMIT:
+        raise ModelRejected(f"{path} has {path.stat().st_size:,} bytes, more than any real one")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelRejected(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelRejected(f"{path} is not a JSON object")
+    return content
+
+
+# -------------------------------------------------------------------------------------- tokenizer
+
+
+def load_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
+    """The directory's tokenizer, and the names of the files that made it.
+
+    `tokenizer.json` is taken as it is but for the truncation and padding that its fine-tuning left
+    in it; of older checkpoints `vocab.txt` and `do_lower_case` of `tokenizer_config.json`.
+
+    Raises:
+      ModelRejected: no tokenizer, a damaged one, or two files that contradict each other.
+    """
+    names = ["tokenizer_config.json"] if (directory / "tokenizer_config.json").exists() else []
+    settings = read_json(directory, names[0]) if names else {}
+    lowercase = settings.get("do_lower_case")
+    if lowercase not in (True, False, None):
+        raise ModelRejected(
+            f"{directory / names[0]}: do_lower_case is {lowercase!r}, it must be true or false"
+        )
+    if (directory / "tokenizer.json").exists():
+        names.append("tokenizer.json")
+        content = read_json(directory, "tokenizer.json")
+        path = directory / "tokenizer.json"
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the Rust library is not an Exception
+            raise ModelRejected(f"{path} is not a tokenizer: {error}") from error
+        stored = (content.get("normalizer") or {}).get("lowercase")
+        if lowercase is not None and stored is not None and stored is not lowercase:
+            raise ModelRejected(
+                f"{path} has lowercase {stored}, tokenizer_config.json has do_lower_case "
+                f"{lowercase}"
+            )
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer, names
+    if not (directory / "vocab.txt").exists():
+        raise ModelRejected(f"{directory} has neither tokenizer.json nor vocab.txt")
+    path = weights.inside(directory, "vocab.txt")
+    try:
+        tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ModelRejected(f"{path} is not UTF-8: {error}") from error
+    vocab = {token.rstrip("\r"): index for index, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise ModelRejected(f"{path} has {len(tokens) - len(vocab)} tokens twice")
+    names.append("vocab.txt")
+    return bert_tokenizer(vocab, lowercase=lowercase is not False), names
+
+
+def bert_tokenizer(vocab: Mapping[str, int], *, lowercase: bool) -> tokenizers.Tokenizer:
+    """BERT's WordPiece tokenizer over a vocabulary.
+
+    Raises:
+      ModelRejected: one of SPECIAL_TOKENS is not in it.
+    """
+    if missing := [token for token in SPECIAL_TOKENS if token not in vocab]:
+        raise ModelRejected(f"the vocabulary has no {', '.join(missing)}")
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece(vocab=dict(vocab), unk_token="[UNK]")
+    )
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(
+        ("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"])
+    )
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+def tokenizer_problems(tokenizer: tokenizers.Tokenizer, config: DistilBertConfig) -> list[str]:
+    """What would make the tokenizer's ids mean something else to the model; empty when all is well.
+
+    An id past the embedding table is no error to a device: it reads NaN or the last row.
+    """
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    problems = [f"it has no {token}" for token in ("[CLS]", "[SEP]") if token not in vocab]
+    if len(vocab) != config.vocab_size:
+        problems.append(f"it has {len(vocab)} tokens, the config has vocab_size {config.vocab_size}")
+    elif max(vocab.values()) >= config.vocab_size:
+        problems.append(f"its largest id is {max(vocab.values())}, past the vocabulary")
+    if not problems:
+        a, b = (tokenizer.encode(word, add_special_tokens=False).ids for word in ("who", "where"))
+        cls, sep = vocab["[CLS]"], vocab["[SEP]"]
+        if tokenizer.encode("who", "where").ids != [cls, *a, sep, *b, sep]:
+            problems.append("it does not make [CLS] question [SEP] context [SEP]")
+    return problems
+
+
+# ----------------------------------------------------------------------------------------- tensors
+
+
+def torch_key(path: tuple[Any, ...]) -> str:
+    """('qa_outputs', 'kernel') -> 'qa_outputs.weight'."""
+    *module, leaf = path
+    return ".".join(map(str, (*module, TORCH_NAME[leaf])))
+
+
+def from_tensors(
+    tensors: Mapping[str, np.ndarray], config: DistilBertConfig, *, dtype: DTypeLike = "float32"
+) -> tuple[DistilBertForQuestionAnswering, dict[str, str]]:
+    """The model with these tensors cast to `dtype`, and the ones left out with the reason.
+
+    Args:
+      tensors: under PyTorch's names, in PyTorch's layout.
+
+    Raises:
+      ModelRejected: a tensor is missing, unexpected, of another shape, not finite, or does not fit
+        the dtype; names every one.
+    """
+    dtype = checked_dtype(dtype)
+    wanted = shapes(config)
+    extra = {name: harmless(name, tensors[name]) for name in tensors.keys() - wanted.keys()}
+    problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
+    problems += [f"unexpected {name}" for name, reason in sorted(extra.items()) if not reason]
+    arrays = {}
+    for name in sorted(wanted.keys() & tensors.keys()):
+        tensor = tensors[name]
+        if tensor.shape != wanted[name]:
+            problems.append(f"{name} has shape {tensor.shape}, the config needs {wanted[name]}")
+        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
+            problems.append(f"{name} is stored as {tensor.dtype}, not as a float")
+        elif bad := int(np.size(tensor) - np.isfinite(tensor).sum()):
+            problems.append(f"{name} has {bad} values that are not finite")
+        else:
+            with np.errstate(over="ignore"):
+                arrays[name] = np.asarray(tensor, dtype)
+            if not np.isfinite(arrays[name]).all():
+                problems.append(f"{name} has values that do not fit {dtype}")
+    if problems:
+        title = "the tensors do not fit the config"
+        if not any(name.startswith("qa_outputs.") for name in tensors):
+            title = "no question-answering head (qa_outputs), so this is a base model; besides"
+        raise ModelRejected(all_problems(title, problems))
+    graphdef, state = nnx.split(abstract(config, dtype))
+    loaded = []
+    for path, param in nnx.to_flat_state(state):
+        array = arrays.pop(torch_key(path))
+        # torch keeps a Linear as [out, in]
+        loaded.append((path, param.replace(jnp.asarray(array.T if path[-1] == "kernel" else array))))
+    ignored = {name: reason for name, reason in extra.items() if reason}
+    return nnx.merge(graphdef, nnx.from_flat_state(loaded)), ignored
+
+
+def abstract(config: DistilBertConfig, dtype: DTypeLike) -> DistilBertForQuestionAnswering:
+    """The model with shapes and without arrays."""
+    return nnx.eval_shape(
+        lambda: DistilBertForQuestionAnswering(config, dtype=dtype, rngs=nnx.Rngs(0))
+    )
+
+
+def shapes(config: DistilBertConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of such a checkpoint, in PyTorch's layout, by name.
+
+    From a model of one layer: even an abstract one of as many layers as a config can promise would
+    take minutes, and this is asked before the config is believed.
+    """
+    one_layer = abstract(dataclasses.replace(config, n_layers=1), "float32")
+    found = {}
+    for path, param in nnx.to_flat_state(nnx.state(one_layer)):
+        name, shape = torch_key(path), tuple(param.shape)
+        if path[-1] == "kernel":
+            shape = shape[::-1]
+        for layer in range(config.n_layers if ".layer.0." in name else 1):
+            found[name.replace(".layer.0.", f".layer.{layer}.")] = shape
+    return found
+
+
+def harmless(name: str, tensor: np.ndarray) -> str | None:
+    """Why a tensor that the model has no place for changes no logit, or None."""
+    if name == "distilbert.embeddings.position_ids" and np.array_equal(
+        tensor.reshape(-1), np.arange(tensor.size)
+    ):
+        return "the positions 0, 1, 2, ... as a buffer, as transformers before 4.31 stored them"
+    return None
+
+
+def save(
+    model: DistilBertForQuestionAnswering,
+    directory: str | Path,
+    *,
+    tokenizer: tokenizers.Tokenizer | None = None,
+) -> None:
+    """Writes `config.json`, `model.safetensors` and, when given, the tokenizer's files.
+
+    transformers' torch class loads the result to the same logits. Weights keep their dtype.
+
+    Raises:
+      TryAgain: the directory cannot be written.
+    """
+    tensors = {}
+    for path, param in nnx.to_flat_state(nnx.state(model)):
+        array = np.asarray(param[...])
+        tensors[torch_key(path)] = np.ascontiguousarray(array.T if path[-1] == "kernel" else array)
+    config = {
+        "architectures": ["DistilBertForQuestionAnswering"],
+        "model_type": "distilbert",
+        **dataclasses.asdict(model.config),
+        "dtype": tensors["qa_outputs.weight"].dtype.name,
+    }
+    serialized = safetensors.numpy.save(tensors, {"format": "pt"})
+    contents = {
+        "config.json": json.dumps(config, indent=2).encode() + b"\n",
+        weights.SAFETENSORS: serialized,
+    }
+    if tokenizer is not None:
+        normalizer = json.loads(tokenizer.to_str())["normalizer"]
+        settings = {
+            "tokenizer_class": "DistilBertTokenizer",
+            "do_lower_case": normalizer["lowercase"],
+            "model_max_length": model.config.max_position_embeddings,
+        }
+        contents["tokenizer.json"] = tokenizer.to_str(pretty=True).encode()
+        contents["tokenizer_config.json"] = json.dumps(settings, indent=2).encode() + b"\n"
+    directory = files.writable_directory(directory)
+    for name, content in contents.items():
+        files.write_whole(directory / name, content)

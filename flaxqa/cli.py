@@ -1,0 +1,320 @@
+"""The command `flaxqa`: ask, eval, score. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 done; 1 an unexpected error; 2 an option, config or data file that cannot be used;
+3 done, with questions set aside; 4 a checkpoint that was refused; 5 below the score asked for;
+75 a place that cannot be written or reached now; 130 and 143 stopped by SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import tyro
+
+from eval.config import PATHS, EvalConfig, read_toml
+from flaxqa.errors import FlaxqaError, GateNotMet, UsageError
+
+if TYPE_CHECKING:
+    from flaxqa.answers import Answer
+
+SET_ASIDE = 3
+HELP = """Extractive question answering with DistilBERT on JAX, and the harness that measures it.
+
+  flaxqa ask --model MODEL --question "Who?" --context "I am Bob."
+  flaxqa eval --config configs/quickstart.toml
+  flaxqa score dev-v1.1.json predictions.json
+
+MODEL is a directory or a hub id. `flaxqa COMMAND --help` explains a command. Exit codes: 0 done,
+2 bad option or data, 3 done but questions were set aside, 4 checkpoint refused, 5 below --min-f1,
+75 try again."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ask:
+    """Answer one question about one text.
+
+    The text is --context, the file --context-file, or standard input. On a terminal the answer is
+    shown in its text; piped, or with --json, it is one JSON line with character offsets.
+    """
+
+    model: str
+    """Checkpoint: a directory, or a hub id (distilbert/distilbert-base-uncased-distilled-squad)."""
+
+    question: str
+    """What to ask."""
+
+    context: str | None = None
+    """The text that holds the answer."""
+
+    context_file: Path | None = None
+    """A UTF-8 file with the text."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    top_k: int = 1
+    """How many answers to give, best first."""
+
+    max_answer_length: int = 30
+    """Tokens of the longest answer."""
+
+    max_length: int | None = None
+    """Tokens of a window; 384, or the checkpoint's positions if those are fewer."""
+
+    doc_stride: int = 128
+    """Tokens that neighbouring windows share."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of weights and operands."""
+
+    json: bool = False
+    """One JSON line, also on a terminal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Score a predictions file as the official SQuAD v1.1 script does.
+
+    Prints one JSON line, {"exact_match": ..., "f1": ...} in percent. Warnings go to stderr.
+    """
+
+    data: tyro.conf.Positional[Path]
+    """SQuAD v1.1 JSON file."""
+
+    predictions: tyro.conf.Positional[Path]
+    """JSON object of question id to answer text."""
+
+    intervals: bool = False
+    """Also give 95 % bootstrap intervals and the number of questions."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Score a checkpoint on SQuAD v1.1: exact match, F1 and throughput.
+
+    Writes predictions.json, nbest_predictions.json, per_example.parquet, metrics.json and run.json
+    into --output. A run that was stopped goes on when the same command is given again. Piped, the
+    content of metrics.json is printed as one JSON line.
+    """
+
+    config: Path | None = None
+    """TOML file with any of the options below; an option given here wins over the file."""
+
+    options: EvalConfig
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and exits with its code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        sys.exit(run(argv))
+    except FlaxqaError as error:
+        print(f"flaxqa: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("flaxqa: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of stdout has gone, as `head` does
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def terminated(signal_number: int, frame: Any) -> NoReturn:
+    print("flaxqa: terminated", file=sys.stderr)
+    sys.exit(128 + signal_number)
+
+
+def run(argv: list[str]) -> int:
+    """Runs one command and returns its exit code."""
+    if argv[:1] == ["--version"]:
+        import importlib.metadata
+
+        print(importlib.metadata.version("flaxqa"))
+        return 0
+    command = parse(argv)
+    if isinstance(command, Ask):
+        return ask(command)
+    if isinstance(command, Score):
+        return score(command)
+    return evaluate(command.options)
+
+
+def parse(argv: list[str]) -> Any:
+    """The command and its options; the fields of --config FILE are the defaults of `eval`."""
+    given = option(argv, "--config") if argv[:1] == ["eval"] else None
+    values = read_toml(given) if given is not None else {}
+    required = dict.fromkeys(PATHS, tyro.MISSING)
+    defaults = Eval(options=EvalConfig(**{**required, **values}))  # type: ignore[arg-type]
+    commands = (
+        Annotated[Ask, tyro.conf.subcommand("ask")]
+        | Annotated[Eval, tyro.conf.subcommand("eval", default=defaults)]
+        | Annotated[Score, tyro.conf.subcommand("score")]
+    )
+    return tyro.cli(
+        commands,  # type: ignore[arg-type]
+        prog="flaxqa",
+        description=HELP,
+        args=argv,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+    )
+
+
+def option(argv: list[str], name: str) -> str | None:
+    """The value of an option that is needed before the command line can be parsed."""
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        if argument == name:
+            return following
+        if argument.startswith(name + "="):
+            return argument.removeprefix(name + "=")
+    return None
+
+
+def ask(command: Ask) -> int:
+    from flaxqa import answers, checkpoint, features, predict
+
+    for name in ("top_k", "max_answer_length"):
+        if getattr(command, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    example = features.Example("question", command.question, read_context(command))
+    if (reason := features.why_unanswerable(example)) is not None:
+        raise UsageError(reason)
+    predict.use_compilation_cache()
+    loaded = checkpoint.load(command.model, revision=command.revision, dtype=command.dtype)
+    max_length = command.max_length or min(384, loaded.config.max_position_embeddings)
+    predictor = predict.Predictor(loaded.model, max_length=max_length, devices=1)
+    windows = features.make(
+        [example], loaded.tokenizer, max_length=max_length, doc_stride=command.doc_stride
+    )
+    if windows[0].question_cut:
+        limit = features.question_limit(max_length, command.doc_stride)
+        print(f"flaxqa: the question was cut to its first {limit} tokens", file=sys.stderr)
+    (found,) = answers.decode_squad(
+        [example],
+        windows,
+        predictor.predict(windows),
+        n_best=max(command.top_k, answers.N_BEST),
+        max_answer_length=command.max_answer_length,
+    )
+    found = found[: command.top_k]
+    if command.json or not sys.stdout.isatty():
+        result = {
+            "question": command.question,
+            "answers": [dataclasses.asdict(one) for one in found],
+            "decoder": "squad",
+            "n_windows": len(windows),
+            "model": command.model,
+            "commit": loaded.commit,
+        }
+        print(json.dumps(result))
+    else:
+        show(example.context, found, len(windows))
+    return 0
+
+
+def read_context(command: Ask) -> str:
+    if command.context is not None and command.context_file is not None:
+        raise UsageError("give --context or --context-file, not both")
+    if command.context is not None:
+        return command.context
+    name = "standard input" if command.context_file is None else str(command.context_file)
+    try:
+        if command.context_file is None:
+            if sys.stdin.isatty():
+                print("flaxqa: reading the context from the terminal, end with Ctrl-D", file=sys.stderr)
+            return sys.stdin.buffer.read().decode()
+        return command.context_file.read_bytes().decode()
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8: {error}") from error
+
+
+def show(context: str, found: Sequence[Answer], n_windows: int) -> None:
+    """The answers in bold, each with its numbers and the text around it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not found:
+        console.print("no answer found")
+    for one in found:
+        console.print(Text(one.text, style="bold green"))
+        before, after = context[max(0, one.start - 80) : one.start], context[one.end : one.end + 80]
+        around = Text("  … " if one.start > 80 else "  ", style="dim")
+        around.append(before, style="dim").append(one.text, style="green").append(after, style="dim")
+        console.print(around)
+        plural = "" if n_windows == 1 else "s"
+        console.print(
+            f"  score {one.score:.4f}, characters {one.start} to {one.end}, "
+            f"{n_windows} window{plural}",
+            style="dim",
+        )
+
+
+def evaluate(options: EvalConfig) -> int:
+    from eval import run
+    from flaxqa.progress import TerminalProgress
+
+    with TerminalProgress() as progress:
+        metrics = run.evaluate(options, progress)
+    summary(metrics, options.output)
+    if not sys.stdout.isatty():
+        print(json.dumps(metrics))
+    if options.min_f1 is not None and metrics["f1"] < options.min_f1:
+        raise GateNotMet(f"F1 is {metrics['f1']:.4f}, below --min-f1 {options.min_f1}")
+    return SET_ASIDE if metrics["set_aside"] else 0
+
+
+def summary(metrics: dict[str, Any], output: str) -> None:
+    def scored(name: str) -> str:
+        low, high = metrics[f"{name}_interval"]
+        return f"{metrics[name]:.2f} ({low:.2f} to {high:.2f})"
+
+    stages = ", ".join(
+        f"{stage} {metrics[f'{stage}_seconds']:.1f} s"
+        for stage in ("load", "compile", "tokenize", "device", "decode", "score")
+    )
+    part = f", the first {metrics['limit']} only" if metrics["limit"] else ""
+    lines = [
+        f"EM {scored('exact_match')}   F1 {scored('f1')}   95 % bootstrap intervals",
+        f"{metrics['total']:,} questions{part}, {metrics['n_windows']:,} windows, "
+        f"{metrics['padding_share']:.1%} padding",
+        f"{metrics['questions_per_second']:,.1f} questions/s, "
+        f"{metrics['windows_per_second']:,.1f} windows/s, "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s",
+        stages,
+        f"results in {output}",
+    ]
+    if metrics["set_aside"]:
+        lines.insert(1, f"{metrics['set_aside']} questions set aside, see errors.jsonl; they score 0")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def score(command: Score) -> int:
+    from eval import squad
+
+    content = squad.read_json(command.data)
+    questions = list(squad.examples(content, str(command.data)))
+    if (version := content.get("version")) != squad.VERSION:
+        print(f"flaxqa: expected version {squad.VERSION}, the data say {version!r}", file=sys.stderr)
+    scores = squad.score(questions, squad.read_predictions(command.predictions))
+    for example_id in scores.unanswered:
+        print(f"Unanswered question {example_id} will receive score 0.", file=sys.stderr)
+    result: dict[str, Any] = {"exact_match": scores.exact_match, "f1": scores.f1}
+    if command.intervals:
+        for name, interval in scores.intervals().items():
+            result[f"{name}_interval"] = interval
+        result["total"] = len(questions)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    main()

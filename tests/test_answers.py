@@ -1,0 +1,134 @@
+import math
+
+import numpy as np
+import pytest
+
+from flaxqa import answers
+from flaxqa.features import Example, Feature
+from flaxqa.predict import Logits
+
+
+def window(example, question_tokens, offsets):
+    before = question_tokens + 2
+    ids = np.ones(before + len(offsets) + 1, np.int32)
+    return Feature(example, ids, before, np.array(offsets, np.int32).reshape(-1, 2), False)
+
+
+def random_case(rng, n_examples=12, context=60):
+    """Examples of one to three windows over letters, one character a token."""
+    examples, features, logits = [], [], []
+    for index in range(n_examples):
+        examples.append(Example(str(index), "q", "x" * context))
+        for start in range(0, int(rng.integers(1, 4)) * 10, 10):
+            tokens = int(rng.integers(1, 40))
+            offsets = [(i, i + 1) for i in range(start, min(start + tokens, context))]
+            features.append(window(index, int(rng.integers(1, 6)), offsets))
+            size = len(features[-1])
+            logits.append(Logits(*rng.normal(size=(2, size)).astype(np.float32) * 3))
+    return examples, features, logits
+
+
+def run_qa_rule(feature_logits, n_best, max_answer_length):
+    """The rule written out pair by pair: [(score, start, end, start_logit, end_logit)], best first."""
+    pairs = []
+    for feature, scores in feature_logits:
+        begin, stop = feature.context_start, feature.context_start + len(feature.offsets)
+        starts = sorted(range(len(feature)), key=lambda i: -scores.start[i])[:n_best]
+        ends = sorted(range(len(feature)), key=lambda i: -scores.end[i])[:n_best]
+        for i in starts:
+            for j in ends:
+                if not (begin <= i < stop and begin <= j < stop):
+                    continue
+                if j < i or j - i + 1 > max_answer_length:
+                    continue
+                pairs.append(
+                    (
+                        scores.start[i] + scores.end[j],
+                        int(feature.offsets[i - begin][0]),
+                        int(feature.offsets[j - begin][1]),
+                        float(scores.start[i]),
+                        float(scores.end[j]),
+                    )
+                )
+    return sorted(pairs, key=lambda pair: -pair[0])[:n_best]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("n_best", "longest"), [(20, 30), (3, 4), (1, 1)])
+def test_the_answers_are_those_of_run_qas_rule(seed, n_best, longest):
+    examples, features, logits = random_case(np.random.default_rng(seed))
+    found = answers.decode_squad(
+        examples, features, logits, n_best=n_best, max_answer_length=longest
+    )
+    for index, example in enumerate(examples):
+        own = [(f, x) for f, x in zip(features, logits, strict=True) if f.example == index]
+        expected = run_qa_rule(own, n_best, longest)
+        got = [(a.start, a.end, a.start_logit, a.end_logit) for a in found[index]]
+        assert got == [pair[1:] for pair in expected]
+        assert all(a.text == example.context[a.start : a.end] for a in found[index])
+        sums = np.array([pair[0] for pair in expected], np.float64)
+        softmax = np.exp(sums - sums.max(initial=0)) / np.exp(sums - sums.max(initial=0)).sum()
+        np.testing.assert_allclose([a.probability for a in found[index]], softmax, rtol=1e-6)
+
+
+def test_the_score_is_a_probability_over_all_windows_and_cls():
+    examples, features, logits = random_case(np.random.default_rng(3))
+    found = answers.decode_squad(examples, features, logits)
+    for index in range(len(examples)):
+        own = [(f, x) for f, x in zip(features, logits, strict=True) if f.example == index]
+        totals = [0.0, 0.0]
+        for feature, scores in own:
+            inside = [0, *range(feature.context_start, len(feature) - 1)]
+            totals[0] += sum(math.exp(scores.start[i]) for i in inside)
+            totals[1] += sum(math.exp(scores.end[i]) for i in inside)
+        for answer in found[index]:
+            expected = math.exp(answer.start_logit) / totals[0] * math.exp(answer.end_logit) / totals[1]
+            assert answer.score == pytest.approx(expected, rel=1e-5)
+            assert 0 <= answer.score <= 1
+
+
+def test_equal_logits_are_ordered_by_position():
+    feature = window(0, 1, [(i, i + 1) for i in range(6)])
+    flat = Logits(np.zeros(len(feature), np.float32), np.zeros(len(feature), np.float32))
+    (found,) = answers.decode_squad([Example("1", "q", "abcdef")], [feature], [flat])
+    assert [a.text for a in found[:3]] == ["a", "ab", "abc"]
+
+
+def test_a_window_of_another_length_changes_no_other_examples_answer():
+    examples, features, logits = random_case(np.random.default_rng(5), n_examples=4)
+    alone = answers.decode_squad(examples[:1], *zip_first(features, logits))
+    assert answers.decode_squad(examples, features, logits)[0] == alone[0]
+
+
+def zip_first(features, logits):
+    kept = [i for i, feature in enumerate(features) if feature.example == 0]
+    return [features[i] for i in kept], [logits[i] for i in kept]
+
+
+def test_where_no_pair_counts_there_is_no_answer():
+    nothing = window(0, 3, [])
+    backwards = window(1, 1, [(0, 1), (1, 2)])
+    scores = np.zeros(len(backwards), np.float32)
+    logits = [
+        Logits(np.zeros(len(nothing), np.float32), np.zeros(len(nothing), np.float32)),
+        Logits(scores + np.eye(6, dtype=np.float32)[4], scores + np.eye(6, dtype=np.float32)[3]),
+    ]
+    examples = [Example("1", "q", "?"), Example("2", "q", "ab"), Example("3", "q", "c")]
+    found = answers.decode_squad(examples, [nothing, backwards], logits, n_best=1)
+    assert found == [[], [], []]
+    assert answers.decode_squad(examples, [], []) == [[], [], []]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_refused_by_example(value):
+    examples, features, logits = random_case(np.random.default_rng(1), n_examples=3)
+    logits[-1].end[2] = value
+    assert answers.non_finite(features, logits) == {2}
+    with pytest.raises(ValueError, match=r"not finite for \['2'\]"):
+        answers.decode_squad(examples, features, logits)
+
+
+@pytest.mark.parametrize("limits", [{"n_best": 0}, {"max_answer_length": 0}])
+def test_limits_below_one_are_refused(limits):
+    with pytest.raises(ValueError, match="must be >= 1"):
+        answers.decode_squad([], [], [], **limits)

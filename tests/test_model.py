@@ -1,0 +1,196 @@
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TINY, VOCAB, random_torch_model
+from flax import nnx
+
+import flaxqa
+from flaxqa import checkpoint
+from flaxqa.errors import ModelRejected
+from flaxqa.model import DistilBertConfig, DistilBertForQuestionAnswering
+
+
+def torch_output(model, input_ids, attention_mask, **requests):
+    with torch.no_grad():
+        return model(
+            input_ids=torch.tensor(input_ids),
+            attention_mask=torch.tensor(attention_mask),
+            **requests,
+        )
+
+
+def flax_model(tensors, dtype="float32", **changes):
+    config = DistilBertConfig.from_dict({"model_type": "distilbert", **TINY, **changes})
+    return checkpoint.from_tensors(tensors, config, dtype=dtype)[0]
+
+
+def largest_difference(ours, theirs, where):
+    return np.abs(np.asarray(ours, np.float64) - theirs.double().numpy())[where].max()
+
+
+# Measured: 9e-15, 3e-6, 0.07 and 0.01, for logits up to 4. In float64 a wrong constant stands out
+# by many orders: gelu's tanh form gives 1e-3, an epsilon of 1e-6 gives 3e-5.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [("float64", 1e-12), ("float32", 1e-4), ("bfloat16", 0.3), ("float16", 0.03)],
+)
+def test_logits_are_those_of_torch(tensors, batch, dtype, tolerance):
+    reference = random_torch_model().double()
+    with jax.enable_x64(dtype == "float64"):
+        out = flax_model(tensors, dtype)(*batch)
+        expected = torch_output(reference, *batch)
+        tokens = batch[1] == 1
+        assert largest_difference(out.start_logits, expected.start_logits, tokens) < tolerance
+        assert largest_difference(out.end_logits, expected.end_logits, tokens) < tolerance
+        wanted = "float64" if dtype == "float64" else "float32"
+        assert {str(out.start_logits.dtype), str(out.end_logits.dtype)} == {wanted}
+
+
+def test_the_weights_have_the_dtype_of_construction(tensors):
+    state = nnx.state(flax_model(tensors, "bfloat16"))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {"bfloat16"}
+
+
+def test_relu_is_computed_where_the_config_says_so(tensors, batch):
+    reference = random_torch_model(activation="relu").double()
+    with jax.enable_x64(True):
+        out = flax_model(tensors, "float64", activation="relu")(*batch)
+        expected = torch_output(reference, *batch)
+        assert largest_difference(out.start_logits, expected.start_logits, batch[1] == 1) < 1e-12
+
+
+def test_hidden_states_and_attentions_are_those_of_torch(tensors, batch):
+    # torch's sdpa gives no attentions, its eager form does.
+    reference = random_torch_model(attn_implementation="eager").double()
+    requests = {"output_hidden_states": True, "output_attentions": True}
+    with jax.enable_x64(True):
+        out = flax_model(tensors, "float64")(*batch, **requests)
+        expected = torch_output(reference, *batch, **requests)
+        assert len(out.hidden_states) == TINY["n_layers"] + 1
+        assert len(out.attentions) == TINY["n_layers"]
+        tokens = batch[1] == 1
+        for ours, theirs in zip(out.hidden_states, expected.hidden_states, strict=True):
+            assert largest_difference(ours, theirs, tokens) < 1e-12
+        for ours, theirs in zip(out.attentions, expected.attentions, strict=True):
+            assert ours.shape == (4, TINY["n_heads"], 40, 40)
+            rows = np.asarray(ours).transpose(0, 2, 1, 3)
+            assert largest_difference(rows, theirs.permute(0, 2, 1, 3), tokens) < 1e-12
+    assert flax_model(tensors)(*batch).hidden_states is None
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_low_precision_is_finite_even_for_rows_of_padding_alone(tensors, batch, dtype):
+    input_ids, attention_mask = batch
+    out = flax_model(tensors, dtype)(input_ids, np.zeros_like(attention_mask))
+    assert np.isfinite(out.start_logits).all()
+    assert np.isfinite(out.end_logits).all()
+
+
+def test_padding_does_not_change_a_tokens_logits(tensors, batch):
+    model, (input_ids, attention_mask) = flax_model(tensors), batch
+    tokens = attention_mask == 1
+    before, after = model(*batch), model(np.where(tokens, input_ids, 7), attention_mask)
+    np.testing.assert_array_equal(before.start_logits[tokens], after.start_logits[tokens])
+    shorter = model(input_ids[2:, :17], attention_mask[2:, :17])
+    np.testing.assert_allclose(
+        before.end_logits[2, :17], shorter.end_logits[0], rtol=0, atol=1e-5
+    )
+
+
+def test_it_takes_what_a_transformers_tokenizer_returns(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("who lives in berlin?", "my name is bob.", return_tensors="np")
+    model = flaxqa.DistilBertForQuestionAnswering.from_pretrained(folder)
+    out = model(**inputs)
+    expected = torch_output(random_torch_model(), inputs["input_ids"], inputs["attention_mask"])
+    np.testing.assert_allclose(out.start_logits, expected.start_logits, rtol=0, atol=1e-4)
+
+
+def test_it_can_be_traced_and_differentiated(tensors, batch):
+    graphdef, state = nnx.split(flax_model(tensors))
+
+    def loss(state):
+        return nnx.merge(graphdef, state)(*batch).start_logits.sum()
+
+    gradients = jax.jit(jax.grad(loss))(state)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    assert np.abs(gradients["qa_outputs"]["kernel"][...]).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (np.ones((1, 65), int), None, r"65 tokens.*64 positions"),
+        (np.array([[1, len(VOCAB)]]), None, rf"token id {len(VOCAB)}.*{len(VOCAB)} entries"),
+        (np.array([[1, -1]]), None, "token id -1"),
+        (np.ones((1, 3), int), np.ones((1, 4), int), r"must be \[B, T\]"),
+        (np.ones(3, int), None, r"must be \[B, T\]"),
+        (np.ones((1, 3)), None, "must be integers"),
+        (np.ones((1, 3), int), np.full((1, 3), 2), "other than 0 and 1"),
+    ],
+)
+def test_input_that_a_device_would_compute_without_an_error_is_refused(tensors, ids, mask, message):
+    with pytest.raises(ValueError, match=message):
+        flax_model(tensors)(ids, mask)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_heads": 7}, "dim 32 is not a multiple of n_heads 7"),
+        ({"dim": -1}, "dim is -1"),
+        ({"dim": "32"}, "dim is '32'"),
+        ({"dim": 32.0}, "dim is 32.0"),
+        ({"n_layers": True}, "n_layers is True"),
+        ({"n_layers": 10**6}, "n_layers is 1000000"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000"),
+        ({"hidden_dim": None}, "hidden_dim is None"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"activation": "gelu_new"}, "activation is 'gelu_new'"),
+        ({"activation": "__import__('os')"}, "activation is"),
+        ({"model_type": "bert"}, "model_type is 'bert'"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads is set"),
+        ({"quantization_config": {"bits": 8}}, "quantization_config is set"),
+        ({"pad_token_id": 10**6}, "pad_token_id is 1000000"),
+    ],
+)
+def test_a_config_that_lies_is_refused_by_field(change, message):
+    with pytest.raises(ModelRejected, match=message.replace("(", r"\(").replace(")", r"\)")):
+        DistilBertConfig.from_dict({"model_type": "distilbert", **TINY, **change})
+
+
+def test_all_problems_of_a_config_come_in_one_error():
+    with pytest.raises(ModelRejected) as caught:
+        DistilBertConfig.from_dict({"model_type": "distilbert", "dim": 4, "n_heads": 2})
+    for name in ("vocab_size", "max_position_embeddings", "n_layers", "hidden_dim"):
+        assert f"{name} is missing" in str(caught.value)
+
+
+def test_unknown_config_fields_change_nothing():
+    given = {"model_type": "distilbert", **TINY, "_attn_implementation_internal": "evil/code"}
+    assert DistilBertConfig.from_dict(given) == DistilBertConfig(**TINY)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_saved_transformers_loads_to_the_same_logits(tensors, batch, tmp_path, dtype):
+    model = flax_model(tensors, dtype)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = transformers.DistilBertForQuestionAnswering.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32
+    )
+    assert loaded.config.dim == TINY["dim"]
+    # The saved weights are those of the dtype; both sides compute with them in float32.
+    ours = flax_model({name: p.detach().numpy() for name, p in loaded.named_parameters()})(*batch)
+    expected = torch_output(loaded.eval(), *batch)
+    assert largest_difference(ours.start_logits, expected.start_logits, batch[1] == 1) < 1e-4
+    for name, tensor in loaded.state_dict().items():
+        wanted = tensors[name].astype(model.dtype).astype(np.float32)
+        np.testing.assert_array_equal(tensor.numpy(), wanted)
+
+
+def test_a_new_model_is_random_and_small():
+    config = DistilBertConfig(**TINY)
+    a, b = (DistilBertForQuestionAnswering(config, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    assert not np.array_equal(a.qa_outputs.kernel[...], b.qa_outputs.kernel[...])

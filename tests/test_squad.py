@@ -1,0 +1,230 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import SHARED
+
+from eval import squad
+from flaxqa.errors import DataError
+
+
+def qa(example_id="1", question="Who?", answers=("Bob",)):
+    return {"id": example_id, "question": question, "answers": [{"text": a} for a in answers]}
+
+
+def content(*qas, context="I am Bob."):
+    return {"version": "1.1", "data": [{"paragraphs": [{"context": context, "qas": list(qas)}]}]}
+
+
+# Worked out by hand from the official script's four steps.
+@pytest.mark.parametrize(
+    ("prediction", "answer", "exact", "f1"),
+    [
+        ("The Bob", "bob", True, 1.0),
+        ("twenty-one", "twentyone", True, 1.0),  # punctuation is deleted, not spaced
+        ("twenty-one", "twenty one", False, 0.0),
+        ("\u201cBob\u201d", "Bob", False, 0.0),  # only ASCII punctuation is punctuation
+        ("1990\u20131991", "19901991", False, 0.0),
+        ("an apple a day", "apple day", True, 1.0),
+        ("theatre", "the atre", False, 0.0),
+        ("", "the", True, 0.0),  # the quirk: equal when normalized, and no shared word
+        ("", "Bob", False, 0.0),
+        ("Bob Bob", "Bob", False, 2 / 3),
+        ("red green", "green blue yellow", False, 0.4),
+        ("Stra\u00dfe", "STRASSE", False, 0.0),
+        ("a\u00a0b", "b", True, 1.0),  # a no-break space is white space
+    ],
+)
+def test_scores_of_one_pair(prediction, answer, exact, f1):
+    assert squad.exact_match(prediction, answer) is exact
+    assert squad.f1(prediction, answer) == pytest.approx(f1, abs=1e-15)
+
+
+def test_the_best_answer_counts_for_each_score_and_missing_ones_score_zero():
+    questions = list(
+        squad.examples(content(qa("1", answers=("the", "the cat")), qa("2"), qa("3")), "")
+    )
+    scores = squad.score(questions, {"1": "", "3": "Bob", "9": "ignored"})
+    assert scores.exact_matches.tolist() == [True, False, True]
+    assert scores.f1s.tolist() == [0.0, 0.0, 1.0]
+    assert scores.unanswered == ("2",)
+    assert scores.exact_match == pytest.approx(200 / 3)
+    assert scores.f1 == pytest.approx(100 / 3)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "exact_match", "f1"),
+    [
+        ("bert_large_ensemble", 86.20624408703878, 92.19557978351145),
+        ("logistic_regression", 40.14191106906339, 50.98153647324461),
+    ],
+)
+def test_published_predictions_have_their_official_scores(name, exact_match, f1):
+    questions = squad.read(SHARED / "squad" / "dev-v1.1.json")
+    predictions = squad.read_predictions(SHARED / "squad" / "predictions" / f"{name}.json")
+    scores = squad.score(questions, predictions)
+    assert scores.exact_match == pytest.approx(exact_match, abs=1e-9)
+    assert scores.f1 == pytest.approx(f1, abs=1e-9)
+
+
+def random_scores(n, seed=0):
+    rng = np.random.default_rng(seed)
+    f1s = rng.choice([0, 0.4, 0.5, 2 / 3, 0.8, 1], n)
+    return squad.Scores(tuple(map(str, range(n))), f1s == 1, f1s, ())
+
+
+def test_intervals_are_those_of_resampling_the_questions():
+    scores = random_scores(400)
+    rng = np.random.default_rng(1)
+    rows = rng.integers(0, 400, (20_000, 400))
+    expected = np.percentile(100 * scores.f1s[rows].mean(axis=1), (2.5, 97.5))
+    got = scores.intervals(resamples=20_000)
+    np.testing.assert_allclose(got["f1"], expected, atol=0.15)  # 0.05 is their own noise
+    expected = np.percentile(100 * scores.exact_matches[rows].mean(axis=1), (2.5, 97.5))
+    np.testing.assert_allclose(got["exact_match"], expected, atol=0.3)  # steps of 0.25
+    assert scores.intervals() == scores.intervals()
+    assert scores.intervals(seed=1) != scores.intervals()
+
+
+def test_intervals_of_certain_scores_are_points():
+    certain = squad.Scores(("1", "2"), np.ones(2, bool), np.ones(2), ())
+    assert certain.intervals() == {"exact_match": (100.0, 100.0), "f1": (100.0, 100.0)}
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ([], "data must be a list, it is missing"),
+        ({"data": 7}, "data must be a list, it is int"),
+        ({"data": []}, "data holds no question"),
+        (content({"id": "1", "answers": []}), r"data\[0\].paragraphs\[0\].qas\[0\].question"),
+        (content(qa(answers=())), r"answers is empty.*SQuAD 2.0"),
+        (content(qa(7)), r"qas\[0\].id must be a string, it is int"),
+        (content(qa("1"), qa("1")), r"qas\[1\].id '1' is also that of data\[0\].*qas\[0\]"),
+        (content(qa("\ud800")), "lone surrogate"),
+        (content(qa(), context=None), "context must be a string, it is NoneType"),
+        (content(7), r"qas\[0\].id must be a string, it is missing"),
+    ],
+)
+def test_a_file_that_is_not_squad_is_refused_by_place(tmp_path, broken, message):
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(broken))
+    with pytest.raises(DataError, match=message) as caught:
+        squad.read(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'{"data": [', "is not JSON"),
+        (b"\xff\xfe\x00", "is not"),
+        (b"[" * 100_000, "is not JSON"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, raw, message):
+    path = tmp_path / "broken.json"
+    if raw is not None:
+        path.write_bytes(raw)
+    with pytest.raises(DataError, match=message) as caught:
+        squad.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_all_problems_of_a_file_come_in_one_error(tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(content(*[qa(answers=()) for _ in range(30)])))
+    with pytest.raises(DataError) as caught:
+        squad.read(path)
+    assert str(caught.value).count("answers is empty") == 11
+    assert "and 39 more" in str(caught.value)
+
+
+@pytest.mark.parametrize("broken", [[], {"1": 7}, {"1": None}])
+def test_a_predictions_file_of_another_form_is_refused(tmp_path, broken):
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps(broken))
+    with pytest.raises(DataError, match="predictions.json"):
+        squad.read_predictions(path)
+
+
+def test_the_evaluate_metric_agrees_and_needs_no_network(tmp_path):
+    """In a process of its own, as `evaluate` reads its settings when it is imported."""
+    code = """
+import socket, sys
+def refuse(*args, **kwargs): raise OSError("no network here")
+socket.socket.connect = refuse
+from eval.metric import Squad
+from eval import squad
+import json
+predictions = [{"id": "1", "prediction_text": "the Bob"}, {"id": "2", "prediction_text": "x y"}]
+references = [
+    {"id": "1", "answers": {"text": ["Bob"], "answer_start": [0]}},
+    {"id": "2", "answers": {"text": ["y z", "q"], "answer_start": [0, 3]}},
+]
+metric = Squad()
+print(json.dumps(metric.compute(predictions=predictions, references=references)))
+metric.add_batch(predictions=predictions, references=references)
+print(json.dumps(metric.compute()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    whole, in_batches = map(json.loads, done.stdout.splitlines())
+    assert whole == in_batches == {"exact_match": 50.0, "f1": 75.0}
+
+
+@pytest.mark.shared
+def test_the_evaluate_metric_gives_the_official_numbers_on_the_dev_set():
+    from eval.metric import Squad
+
+    questions = squad.read(SHARED / "squad" / "dev-v1.1.json")
+    given = squad.read_predictions(SHARED / "squad" / "predictions" / "logistic_regression.json")
+    answered = [question for question in questions if question.id in given]
+    references = [
+        {"id": q.id, "answers": {"text": list(q.answers), "answer_start": [0] * len(q.answers)}}
+        for q in answered
+    ]
+    rows = [{"id": q.id, "prediction_text": given[q.id]} for q in answered]
+    got = Squad().compute(predictions=rows, references=references)
+    expected = squad.score(answered, given)
+    assert got["f1"] == pytest.approx(expected.f1, abs=1e-9)
+    assert got["exact_match"] == pytest.approx(expected.exact_match, abs=1e-9)
+
+
+def test_a_hub_data_set_reads_like_the_file_it_came_from(tmp_path):
+    """Through `datasets`, from a local folder in the hub data set's layout."""
+    import datasets
+
+    rows = [
+        {
+            "id": str(i),
+            "title": "t",
+            "context": "I am Bob.",
+            "question": f"Who {i}?",
+            "answers": {"text": ["Bob"], "answer_start": [5]},
+        }
+        for i in range(3)
+    ]
+    folder = tmp_path / "squad"
+    folder.mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(str(folder / "validation-00000.parquet"))
+    got, commit = squad.read_hub(str(folder))
+    expected = list(
+        squad.examples(content(*[qa(str(i), f"Who {i}?") for i in range(3)]), "")
+    )
+    assert got == expected
+    assert commit is None
+    assert squad.sha256(got) == squad.sha256(expected)
+    assert squad.sha256(got[:2]) != squad.sha256(expected)
+    with pytest.raises(DataError, match="split test"):
+        squad.read_hub(str(folder), split="test")
