@@ -228,7 +228,8 @@ THEMES = (
             fact(
                 Words.year,
                 "{s} opened its first workshop in {a} | The first workshop of {s} dates from {a}",
-                "When did {s} open its first workshop? | From what year is the first workshop of {s}?",
+                "When did {s} open its first workshop? | "
+                "From what year is the first workshop of {s}?",
             ),
         ),
     ),
@@ -420,7 +421,13 @@ def write_data(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------- checkpoint
 
-MODEL = {"max_position_embeddings": 512, "dim": 128, "n_heads": 4, "n_layers": 4, "hidden_dim": 256}
+MODEL: dict[str, Any] = {
+    "max_position_embeddings": 512,
+    "dim": 128,
+    "n_heads": 4,
+    "n_layers": 4,
+    "hidden_dim": 256,
+}
 VOCAB_SIZE = 1200
 BATCH_TOKENS = 4096
 DEVICES = 2  # simulated on the CPU, each with one core: 1.4 times as fast as one with two
@@ -520,9 +527,8 @@ def prepare(model: DistilBertForQuestionAnswering) -> None:
     table[...] = 0.02 * jnp.asarray(np.concatenate((np.sin(angles), np.cos(angles)), axis=1))
 
 
-def train(folder: Path, steps: int, learning_rate: float) -> None:
-    """Trains from random weights and saves a float16 checkpoint, every 1,000 steps and at the end."""
-    jax.config.update("jax_num_cpu_devices", DEVICES)
+def train(folder: Path, steps: int, learning_rate: float, devices: int = DEVICES) -> None:
+    """Trains from random weights; saves in float16 every 1,000 steps and at the end."""
     tokenizer = train_tokenizer()
     config = DistilBertConfig(vocab_size=tokenizer.get_vocab_size(), **MODEL)
     model = DistilBertForQuestionAnswering(config, rngs=nnx.Rngs(SEED))
@@ -545,7 +551,9 @@ def train(folder: Path, steps: int, learning_rate: float) -> None:
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     state, losses = optimizer.init(params), []
     feed = batches(tokenizer, random.Random(SEED))
@@ -562,7 +570,9 @@ def train(folder: Path, steps: int, learning_rate: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("what", choices=("data", "train"))
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where to write")
     parser.add_argument("--steps", type=int, default=6000)
@@ -571,6 +581,7 @@ def main() -> None:
     if args.what == "data":
         write_data(args.folder)
     else:
+        jax.config.update("jax_num_cpu_devices", DEVICES)
         train(args.folder, args.steps, args.learning_rate)
 
 

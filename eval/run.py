@@ -4,8 +4,8 @@ Questions go through in chunks of fixed borders; after each chunk its answers ar
 run that was stopped goes on where it was when the same command is given again.
 
 Files: `predictions.json` (the official form), `nbest_predictions.json`, `per_example.parquet`,
-`metrics.json`, `run.json` (last: where it is, the others are whole), and `errors.jsonl` if questions
-were set aside.
+`metrics.json`, `run.json` (last: where it is, the others are whole), and `errors.jsonl` if
+questions were set aside.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
-
 from eval import squad
 from eval.config import EvalConfig
 from flaxqa import answers, checkpoint, features, files, predict
 from flaxqa.answers import Answer
-from flaxqa.errors import DataError, TryAgain, UsageError
+from flaxqa.errors import DataError, TryAgain
 
 QUESTIONS_PER_CHUNK = 1_024
 CHARACTERS_PER_CHUNK = 4_000_000  # so that a few huge contexts do not fill the memory
@@ -112,7 +110,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
         matmul_precision=config.matmul_precision,
     )
     load_seconds = time.perf_counter() - loading
-    run = {
+    run: dict[str, Any] = {
         "config": dataclasses.asdict(config),
         "model": {
             "directory": str(loaded.directory),
@@ -138,14 +136,12 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
             if name.startswith(("JAX_", "XLA_")) and "DIR" not in name
         },
     }
-    partial = Partial(output / ".partial.jsonl", run_key(run))
-    rows, spent = partial.rows, partial.spent
-    progress.begin(len(questions))
-    progress.advance(len(rows), spent.windows)
-    resumed = len(rows)
-    for chunk in chunks(questions, len(rows)):
-        done, took = answer(chunk, loaded, predictor, config, progress)
-        partial.append(done, took)
+    with Partial(output / ".partial.jsonl", run_key(run)) as partial:
+        rows, spent, resumed = partial.rows, partial.spent, len(partial.rows)
+        progress.begin(len(questions))
+        progress.advance(resumed, spent.windows)
+        for chunk in chunks(questions, resumed):
+            partial.append(*answer(chunk, loaded, predictor, config, progress))
     progress.stage("scoring")
     metrics = results(questions, rows, spent, config)
     metrics["compile_seconds"] = predictor.compile_seconds
@@ -157,7 +153,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
     run["started"] = began.isoformat(timespec="seconds")
     run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write(output, questions, rows, metrics, run)
-    partial.delete()
+    partial.path.unlink()
     return metrics
 
 
@@ -187,7 +183,9 @@ def run_key(run: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def chunks(questions: Sequence[squad.SquadExample], begin: int) -> Iterator[list[squad.SquadExample]]:
+def chunks(
+    questions: Sequence[squad.SquadExample], begin: int
+) -> Iterator[list[squad.SquadExample]]:
     """The questions from `begin` on, in pieces whose borders do not depend on `begin`."""
     chunk: list[squad.SquadExample] = []
     size = 0
@@ -276,7 +274,9 @@ class Partial:
                 lines = path.read_bytes().splitlines(keepends=True)
             whole = self.restore(lines, key)
             self.file = path.open("wb")
-            self.file.write(b"".join(lines[:whole]) or json.dumps({"run_key": key}).encode() + b"\n")
+            self.file.write(
+                b"".join(lines[:whole]) or json.dumps({"run_key": key}).encode() + b"\n"
+            )
             self.file.flush()
         except OSError as error:
             raise TryAgain(f"{path} cannot be written: {error.strerror}") from error
@@ -314,9 +314,11 @@ class Partial:
         except OSError as error:
             raise TryAgain(f"{self.path} cannot be written: {error.strerror}") from error
 
-    def delete(self) -> None:
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.file.close()
-        self.path.unlink()
 
 
 def results(

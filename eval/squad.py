@@ -69,11 +69,13 @@ def examples(content: Any, where: str) -> Iterator[SquadExample]:
     places: dict[str, str] = {}
     found = []
 
-    def field(parent: Any, key: str, kind: type, place: str) -> Any:
+    def field(parent: Any, key: str, kind: type[list] | type[str], place: str) -> Any:
         if isinstance(parent, dict) and isinstance(parent.get(key), kind):
             return parent[key]
-        got = type(parent[key]).__name__ if isinstance(parent, dict) and key in parent else "missing"
-        noun = {list: "a list", str: "a string"}[kind]
+        got = (
+            type(parent[key]).__name__ if isinstance(parent, dict) and key in parent else "missing"
+        )
+        noun = "a list" if kind is list else "a string"
         problems.append(f"{place}{key} must be {noun}, it is {got}")
         return kind()
 

@@ -71,8 +71,10 @@ def decode_squad(
     """For every example its best answers, best first: at most `n_best`, none if nothing counts.
 
     Args:
+      examples: with the contexts that the answers are cut from.
       features: the windows of the examples, as `features.make` orders them.
       logits: of each window, as `Predictor.predict` gives them.
+      n_best: starts and ends tried in each window, and answers kept of each example.
       max_answer_length: in tokens.
 
     Raises:
@@ -98,7 +100,9 @@ def decode_squad(
     first_logit = np.take_along_axis(start, first, 1)
     last_logit = np.take_along_axis(end, last, 1)
     i, j = first[:, :, None], last[:, None, :]
-    begin, stop = (column[:, None, None] for column in (context_start, context_start + context_length))
+    begin, stop = (
+        column[:, None, None] for column in (context_start, context_start + context_length)
+    )
     counts = (begin <= i) & (j < stop) & (i <= j) & (j - i < max_answer_length)
     sums = np.where(counts, first_logit[:, :, None] + last_logit[:, None, :], -np.inf)
     sums = sums.reshape(len(features), -1)
@@ -118,9 +122,7 @@ def decode_squad(
     i = first[window, pair // last.shape[1]]
     j = last[window, pair % last.shape[1]]
     i_logit, j_logit = start[window, i], end[window, j]
-    score = np.exp(
-        i_logit.astype(np.float64) - log_start[owner] + j_logit - log_end[owner]
-    )
+    score = np.exp(i_logit.astype(np.float64) - log_start[owner] + j_logit - log_end[owner])
     exponential = np.exp(total.astype(np.float64) - highest(total, owner))
     probability = exponential / np.bincount(owner, exponential, len(examples))[owner]
     bases = np.cumsum(context_length) - context_length
@@ -150,7 +152,7 @@ def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def best(scores: np.ndarray, n: int) -> np.ndarray:
-    """Column indices [rows, n] of the n highest values of each row, highest first, ties in order."""
+    """Columns [rows, n] of the n highest values of each row, highest first, ties in order."""
     n = min(n, scores.shape[1])
     columns = np.sort(np.argpartition(scores, scores.shape[1] - n, axis=1)[:, -n:], axis=1)
     values = np.take_along_axis(scores, columns, 1)

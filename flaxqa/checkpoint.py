@@ -140,7 +140,8 @@ def fetch(repo_id: str, revision: str | None) -> tuple[Path, str]:
     try:
         directory = get("config.json").parent
         revision = directory.name  # the commit: all files are of one state of the repository
-        if not any([get_if_there(file) for file in ("tokenizer.json", "vocab.txt")]):
+        tokenizer_files = [file for file in ("tokenizer.json", "vocab.txt") if get_if_there(file)]
+        if not tokenizer_files:
             raise ModelRejected(f"{where} has neither tokenizer.json nor vocab.txt")
         get_if_there("tokenizer_config.json")
         found = next((file for file in weights.FORMATS if get_if_there(file)), None)
@@ -239,7 +240,7 @@ def bert_tokenizer(vocab: Mapping[str, int], *, lowercase: bool) -> tokenizers.T
     if missing := [token for token in SPECIAL_TOKENS if token not in vocab]:
         raise ModelRejected(f"the vocabulary has no {', '.join(missing)}")
     tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordPiece(vocab=dict(vocab), unk_token="[UNK]")
+        tokenizers.models.WordPiece(vocab=dict(vocab), unk_token="[UNK]")  # noqa: S106 (no password)
     )
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -259,7 +260,9 @@ def tokenizer_problems(tokenizer: tokenizers.Tokenizer, config: DistilBertConfig
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     problems = [f"it has no {token}" for token in ("[CLS]", "[SEP]") if token not in vocab]
     if len(vocab) != config.vocab_size:
-        problems.append(f"it has {len(vocab)} tokens, the config has vocab_size {config.vocab_size}")
+        problems.append(
+            f"it has {len(vocab)} tokens, the config has vocab_size {config.vocab_size}"
+        )
     elif max(vocab.values()) >= config.vocab_size:
         problems.append(f"its largest id is {max(vocab.values())}, past the vocabulary")
     if not problems:
@@ -286,6 +289,8 @@ def from_tensors(
 
     Args:
       tensors: under PyTorch's names, in PyTorch's layout.
+      config: what the tensors' names and shapes must follow from.
+      dtype: of the weights and of the products' operands, one of DTYPES.
 
     Raises:
       ModelRejected: a tensor is missing, unexpected, of another shape, not finite, or does not fit
@@ -320,7 +325,9 @@ def from_tensors(
     for path, param in nnx.to_flat_state(state):
         array = arrays.pop(torch_key(path))
         # torch keeps a Linear as [out, in]
-        loaded.append((path, param.replace(jnp.asarray(array.T if path[-1] == "kernel" else array))))
+        loaded.append(
+            (path, param.replace(jnp.asarray(array.T if path[-1] == "kernel" else array)))
+        )
     ignored = {name: reason for name, reason in extra.items() if reason}
     return nnx.merge(graphdef, nnx.from_flat_state(loaded)), ignored
 

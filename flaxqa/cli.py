@@ -151,14 +151,14 @@ def parse(argv: list[str]) -> Any:
     given = option(argv, "--config") if argv[:1] == ["eval"] else None
     values = read_toml(given) if given is not None else {}
     required = dict.fromkeys(PATHS, tyro.MISSING)
-    defaults = Eval(options=EvalConfig(**{**required, **values}))  # type: ignore[arg-type]
+    defaults = Eval(options=EvalConfig(**{**required, **values}))
     commands = (
         Annotated[Ask, tyro.conf.subcommand("ask")]
         | Annotated[Eval, tyro.conf.subcommand("eval", default=defaults)]
         | Annotated[Score, tyro.conf.subcommand("score")]
     )
     return tyro.cli(
-        commands,  # type: ignore[arg-type]
+        commands,
         prog="flaxqa",
         description=HELP,
         args=argv,
@@ -227,7 +227,10 @@ def read_context(command: Ask) -> str:
     try:
         if command.context_file is None:
             if sys.stdin.isatty():
-                print("flaxqa: reading the context from the terminal, end with Ctrl-D", file=sys.stderr)
+                print(
+                    "flaxqa: reading the context from the terminal, end with Ctrl-D",
+                    file=sys.stderr,
+                )
             return sys.stdin.buffer.read().decode()
         return command.context_file.read_bytes().decode()
     except OSError as error:
@@ -248,7 +251,9 @@ def show(context: str, found: Sequence[Answer], n_windows: int) -> None:
         console.print(Text(one.text, style="bold green"))
         before, after = context[max(0, one.start - 80) : one.start], context[one.end : one.end + 80]
         around = Text("  … " if one.start > 80 else "  ", style="dim")
-        around.append(before, style="dim").append(one.text, style="green").append(after, style="dim")
+        around.append(before, style="dim").append(one.text, style="green").append(
+            after, style="dim"
+        )
         console.print(around)
         plural = "" if n_windows == 1 else "s"
         console.print(
@@ -293,7 +298,9 @@ def summary(metrics: dict[str, Any], output: str) -> None:
         f"results in {output}",
     ]
     if metrics["set_aside"]:
-        lines.insert(1, f"{metrics['set_aside']} questions set aside, see errors.jsonl; they score 0")
+        lines.insert(
+            1, f"{metrics['set_aside']} questions set aside, see errors.jsonl; they score 0"
+        )
     print("\n".join(lines), file=sys.stderr)
 
 
@@ -303,7 +310,9 @@ def score(command: Score) -> int:
     content = squad.read_json(command.data)
     questions = list(squad.examples(content, str(command.data)))
     if (version := content.get("version")) != squad.VERSION:
-        print(f"flaxqa: expected version {squad.VERSION}, the data say {version!r}", file=sys.stderr)
+        print(
+            f"flaxqa: expected version {squad.VERSION}, the data say {version!r}", file=sys.stderr
+        )
     scores = squad.score(questions, squad.read_predictions(command.predictions))
     for example_id in scores.unanswered:
         print(f"Unanswered question {example_id} will receive score 0.", file=sys.stderr)

@@ -94,6 +94,7 @@ def make(
     """The windows of all examples, in their order; each distinct text is tokenized once.
 
     Args:
+      examples: none of them blank (see `why_unanswerable`).
       tokenizer: without truncation and padding, as `flaxqa.checkpoint.load` gives it.
       max_length: the most tokens of a window, special ones included.
       doc_stride: how many context tokens neighbouring windows share.

@@ -28,7 +28,9 @@ def write_whole(path: Path, content: bytes) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise TryAgain(f"{path} ({len(content):,} bytes) cannot be written: {error.strerror}") from error
+        raise TryAgain(
+            f"{path} ({len(content):,} bytes) cannot be written: {error.strerror}"
+        ) from error
 
 
 def current_umask() -> int:

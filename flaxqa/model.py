@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ Logits = Float[Array, "B T"]
 Weights = Float[Array, "B N T S"]
 
 LAYER_NORM_EPS = 1e-12  # BERT's value; Flax defaults to 1e-6 and PyTorch to 1e-5
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),  # BERT's is the erf form
     "relu": jax.nn.relu,
 }
@@ -183,6 +183,7 @@ class Embeddings(nnx.Module):
         self.LayerNorm = make.layer_norm(config.dim)
 
     def __call__(self, input_ids: TokenIds) -> Hidden:
+        input_ids = jnp.asarray(input_ids)
         positions = jnp.arange(input_ids.shape[1])
         return self.LayerNorm(self.word_embeddings(input_ids) + self.position_embeddings(positions))
 
@@ -299,6 +300,8 @@ class DistilBertForQuestionAnswering(nnx.Module):
             all ones when left out.
           token_type_ids: accepted because some tokenizers return them, and not used: DistilBERT has
             no segment embeddings.
+          output_hidden_states: whether to return them.
+          output_attentions: whether to return them.
 
         Raises:
           ValueError: the shapes do not fit each other, T is above `max_position_embeddings`, an id
@@ -324,7 +327,7 @@ class DistilBertForQuestionAnswering(nnx.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> QuestionAnsweringOutput:
-        """The computation of `__call__` alone, unchecked and not compiled: for jit, grad and pmap."""
+        """The computation of `__call__`, unchecked and not compiled: for jit, grad and pmap."""
         hidden_states, attentions = self.distilbert(input_ids, attention_mask)
         logits = self.qa_outputs(hidden_states[-1])
         return QuestionAnsweringOutput(

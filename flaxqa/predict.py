@@ -41,7 +41,7 @@ Run = Callable[[np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Logits:
-    """The two scores of every token of one window: float32 [T] each (float64 of a float64 model)."""
+    """The two scores of every token of a window: float32 [T] each (float64 of a float64 model)."""
 
     start: np.ndarray
     end: np.ndarray
@@ -109,7 +109,7 @@ class Pmap:
         return lambda ids, mask: compiled(self.state, ids.reshape(split), mask.reshape(split))
 
 
-STRATEGIES = {"jit": MeshJit, "pmap": Pmap}
+STRATEGIES: dict[str, Callable[..., MeshJit | Pmap]] = {"jit": MeshJit, "pmap": Pmap}
 
 
 class Predictor:
@@ -134,6 +134,7 @@ class Predictor:
         """Puts the weights on the devices; compiles nothing yet.
 
         Args:
+          model: its weights are copied to every device.
           max_length: tokens of the longest window that will come.
           batch_size: rows of a batch on all devices together, rounded up to a multiple of their
             number; None takes as many as fill TOKENS_PER_BATCH on each device.
@@ -148,7 +149,9 @@ class Predictor:
         """
         positions = model.config.max_position_embeddings
         if not 1 <= max_length <= positions:
-            raise UsageError(f"max_length {max_length}, but the checkpoint has {positions} positions")
+            raise UsageError(
+                f"max_length {max_length}, but the checkpoint has {positions} positions"
+            )
         if parallel not in STRATEGIES:
             raise UsageError(f"parallel {parallel!r} is neither 'jit' nor 'pmap'")
         if matmul_precision not in MATMUL_PRECISIONS:
@@ -218,6 +221,7 @@ class Predictor:
         """The logits of every window, in the order of the windows.
 
         Args:
+          features: none longer than `max_length`.
           progress: called with the number of windows done, batch by batch.
         """
         plan = self.plan([len(feature) for feature in features])
@@ -277,7 +281,7 @@ def use_compilation_cache() -> None:
     was chosen with JAX_COMPILATION_CACHE_DIR or jax.config stays; one that cannot be made is done
     without.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         directory = base / "flaxqa" / f"jax-{jax.__version__}-{processor():08x}"
         with contextlib.suppress(OSError):

@@ -160,7 +160,9 @@ def read_shards(index: Path, shards: list[Path]) -> Tensors:
     for shard in shards:
         for name, tensor in read_safetensors(shard).items():
             if wanted.get(name) != shard.name:
-                problems.append(f"{name} is in {shard.name}, the index has it in {wanted.get(name)}")
+                problems.append(
+                    f"{name} is in {shard.name}, the index has it in {wanted.get(name)}"
+                )
             tensors[name] = tensor
     problems += [f"{name} is not in {wanted[name]}" for name in wanted.keys() - tensors.keys()]
     if problems:
@@ -215,7 +217,8 @@ class View:
         last = self.offset + sum(
             (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
         )
-        if math.prod(self.shape) > len(flat) or (math.prod(self.shape) and last >= len(flat)):
+        size: int = math.prod(self.shape)
+        if size > len(flat) or (size and last >= len(flat)):
             raise ValueError(f"a tensor of shape {self.shape} reaches past its storage")
         steps = tuple(stride * flat.itemsize for stride in self.strides)
         return np.lib.stride_tricks.as_strided(
@@ -317,7 +320,8 @@ def interpret(file: BinaryIO) -> Any:
             raise ValueError("the pickle fills something that is not a dict")
         target.update(zip(items[::2], items[1::2], strict=True))
 
-    for opcode, argument, position in pickletools.genops(file):
+    operations: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]] = pickletools.genops(file)
+    for opcode, argument, position in operations:
         if (position or 0) - begin > PICKLE_LIMIT:
             raise ValueError("its pickle is longer than any state dict's")
         match opcode.name:

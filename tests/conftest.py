@@ -1,4 +1,4 @@
-"""Eight CPU devices, small random checkpoints in every format; no test needs the network or a GPU."""
+"""Eight CPU devices and small random checkpoints; no test needs the network or a GPU."""
 
 import jax
 

@@ -29,7 +29,7 @@ def random_case(rng, n_examples=12, context=60):
 
 
 def run_qa_rule(feature_logits, n_best, max_answer_length):
-    """The rule written out pair by pair: [(score, start, end, start_logit, end_logit)], best first."""
+    """The rule written out: (score, start, end, start_logit, end_logit) of pairs, best first."""
     pairs = []
     for feature, scores in feature_logits:
         begin, stop = feature.context_start, feature.context_start + len(feature.offsets)
@@ -82,7 +82,9 @@ def test_the_score_is_a_probability_over_all_windows_and_cls():
             totals[0] += sum(math.exp(scores.start[i]) for i in inside)
             totals[1] += sum(math.exp(scores.end[i]) for i in inside)
         for answer in found[index]:
-            expected = math.exp(answer.start_logit) / totals[0] * math.exp(answer.end_logit) / totals[1]
+            expected = (
+                math.exp(answer.start_logit) / totals[0] * math.exp(answer.end_logit) / totals[1]
+            )
             assert answer.score == pytest.approx(expected, rel=1e-5)
             assert 0 <= answer.score <= 1
 

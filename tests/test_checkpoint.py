@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, VOCAB, random_torch_model, write_config, write_tokenizer
+from conftest import VOCAB, random_torch_model, write_config, write_tokenizer
 from test_model import largest_difference, torch_output
 from test_weights import (
     Payload,
@@ -66,9 +66,12 @@ def test_logits_at_the_published_size_through_every_format(tmp_path, base_refere
 def test_a_whole_checkpoint_loads(folder, batch, reference):
     loaded = checkpoint.load(folder)
     out = loaded.model(*batch)
-    assert largest_difference(
-        out.start_logits, torch_output(reference, *batch).start_logits, batch[1] == 1
-    ) < 1e-4
+    assert (
+        largest_difference(
+            out.start_logits, torch_output(reference, *batch).start_logits, batch[1] == 1
+        )
+        < 1e-4
+    )
     assert loaded.files == ("config.json", "tokenizer.json", "model.safetensors")
     assert loaded.commit is None
     assert loaded.ignored == {}
@@ -123,9 +126,7 @@ def cut(name, size):
 
 
 def base_model(folder):
-    change_tensors(
-        lambda t: [t.pop("qa_outputs.weight"), t.pop("qa_outputs.bias")]
-    )(folder)
+    change_tensors(lambda t: [t.pop("qa_outputs.weight"), t.pop("qa_outputs.bias")])(folder)
 
 
 def huge_header(folder):
@@ -353,5 +354,3 @@ def test_saving_leaves_no_half_file(folder, tmp_path, monkeypatch):
     with pytest.raises(TryAgain, match="No space left"):
         model.save_pretrained(tmp_path / "saved")
     assert list((tmp_path / "saved").iterdir()) == []
-
-

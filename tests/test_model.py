@@ -94,9 +94,7 @@ def test_padding_does_not_change_a_tokens_logits(tensors, batch):
     before, after = model(*batch), model(np.where(tokens, input_ids, 7), attention_mask)
     np.testing.assert_array_equal(before.start_logits[tokens], after.start_logits[tokens])
     shorter = model(input_ids[2:, :17], attention_mask[2:, :17])
-    np.testing.assert_allclose(
-        before.end_logits[2, :17], shorter.end_logits[0], rtol=0, atol=1e-5
-    )
+    np.testing.assert_allclose(before.end_logits[2, :17], shorter.end_logits[0], rtol=0, atol=1e-5)
 
 
 def test_it_takes_what_a_transformers_tokenizer_returns(folder):

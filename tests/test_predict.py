@@ -32,10 +32,7 @@ def windows(trained):
 @pytest.fixture(scope="module")
 def expected(trained, windows):
     """The logits of every window alone and unpadded, straight from the model."""
-    return [
-        trained.model(feature.input_ids[None])
-        for feature in windows[1]
-    ]
+    return [trained.model(feature.input_ids[None]) for feature in windows[1]]
 
 
 def texts(windows, logits):
@@ -115,9 +112,7 @@ def test_the_last_odd_batch_is_filled_up_and_nothing_is_lost():
 
 
 def test_shapes_are_compiled_once_and_before_the_first_batch():
-    predictor = Predictor(
-        small_model(), max_length=64, devices=1
-    )
+    predictor = Predictor(small_model(), max_length=64, devices=1)
     predictor.compile([(2, 16), (2, 64)])
     before = dict(predictor.compiled)
     predictor.compile([(2, 16)])

@@ -219,9 +219,7 @@ def test_a_hub_data_set_reads_like_the_file_it_came_from(tmp_path):
     folder.mkdir()
     datasets.Dataset.from_list(rows).to_parquet(str(folder / "validation-00000.parquet"))
     got, commit = squad.read_hub(str(folder))
-    expected = list(
-        squad.examples(content(*[qa(str(i), f"Who {i}?") for i in range(3)]), "")
-    )
+    expected = list(squad.examples(content(*[qa(str(i), f"Who {i}?") for i in range(3)]), ""))
     assert got == expected
     assert commit is None
     assert squad.sha256(got) == squad.sha256(expected)

@@ -1,4 +1,4 @@
-"""Every weight format gives the same tensors; nothing in a file is executed, nothing outside read."""
+"""Every format gives the same tensors; nothing in a file is executed, nothing outside read."""
 
 import io
 import json
@@ -224,40 +224,51 @@ def attacks(canary):
     good = struct.pack("<2f", 1, 2)
     payload = Payload(canary)
     yield "system", lambda path: torch.save({"w": payload}, path)
-    yield "legacy system", lambda path: torch.save(
-        {"w": payload}, path, _use_new_zipfile_serialization=False
+    yield (
+        "legacy system",
+        lambda path: torch.save({"w": payload}, path, _use_new_zipfile_serialization=False),
     )
     yield "raw pickle", lambda path: path.write_bytes(pickle.dumps(payload))
     yield "eval", lambda path: as_torch_zip(path, b"cbuiltins\neval\n(X\x01\x00\x00\x001tR.")
-    yield "stack global", lambda path: as_torch_zip(
-        path, b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x02ls\x85R."
+    yield (
+        "stack global",
+        lambda path: as_torch_zip(path, b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x02ls\x85R."),
     )
     yield "inst", lambda path: as_torch_zip(path, b"(X\x02\x00\x00\x00lsiposix\nsystem\n.")
     yield "torch attribute", lambda path: as_torch_zip(path, b"ctorch\nload\n.")
     yield "dotted name", lambda path: as_torch_zip(path, b"ctorch\nFloatStorage.__init__\n.")
     yield "memo bomb", lambda path: as_torch_zip(path, b"\x80\x02Nr\xff\xff\xff\x7f.")
     yield "extension", lambda path: as_torch_zip(path, b"\x80\x02\x82\x01.")
-    yield "build on a tensor", lambda path: as_torch_zip(
-        path, storage_pickle()[:-2] + b"}b" + b"s.", **{"0": good}
+    yield (
+        "build on a tensor",
+        lambda path: as_torch_zip(path, storage_pickle()[:-2] + b"}b" + b"s.", **{"0": good}),
     )
-    yield "past the storage", lambda path: as_torch_zip(
-        path, storage_pickle(offset=1), **{"0": good}
+    yield (
+        "past the storage",
+        lambda path: as_torch_zip(path, storage_pickle(offset=1), **{"0": good}),
     )
-    yield "stride past the storage", lambda path: as_torch_zip(
-        path, storage_pickle(strides=(10**9,)), **{"0": good}
+    yield (
+        "stride past the storage",
+        lambda path: as_torch_zip(path, storage_pickle(strides=(10**9,)), **{"0": good}),
     )
-    yield "negative stride", lambda path: as_torch_zip(
-        path, storage_pickle(offset=1, strides=(-1,)), **{"0": good}
+    yield (
+        "negative stride",
+        lambda path: as_torch_zip(path, storage_pickle(offset=1, strides=(-1,)), **{"0": good}),
     )
-    yield "stride 0 bomb", lambda path: as_torch_zip(
-        path, storage_pickle(shape=(10**15,), strides=(0,)), **{"0": good}
+    yield (
+        "stride 0 bomb",
+        lambda path: as_torch_zip(
+            path, storage_pickle(shape=(10**15,), strides=(0,)), **{"0": good}
+        ),
     )
-    yield "storage of another size", lambda path: as_torch_zip(
-        path, storage_pickle(elements=10**12), **{"0": good}
+    yield (
+        "storage of another size",
+        lambda path: as_torch_zip(path, storage_pickle(elements=10**12), **{"0": good}),
     )
     yield "storage key is a path", lambda path: as_torch_zip(path, storage_pickle(key="../../x"))
-    yield "unknown storage", lambda path: as_torch_zip(
-        path, storage_pickle(kind="QInt8Storage"), **{"0": good}
+    yield (
+        "unknown storage",
+        lambda path: as_torch_zip(path, storage_pickle(kind="QInt8Storage"), **{"0": good}),
     )
     yield "missing storage", lambda path: as_torch_zip(path, storage_pickle())
     yield "not tensors", lambda path: torch.save({"epoch": 3}, path)

@@ -1,0 +1,55 @@
+# Plain Python (3.11 or newer), pip and make are enough. `make eval` and `make test` set up what they
+# need in .venv; `make PYTHON=python3.12 test` chooses another Python.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+TORCH := torch==2.13.0
+LOCK := --quiet --universal --python-version 3.11 --no-header --no-emit-index-url \
+  --no-emit-find-links --upgrade
+
+.PHONY: help eval test lint types check lock clean
+
+help:
+	@echo "make eval    set up and score the quickstart checkpoint on its held-out questions"
+	@echo "make test    set up and run the tests"
+	@echo "make check   set up, lint and check types"
+	@echo "make lock    resolve the locked versions anew (needs uv)"
+	@echo "make clean   remove the environment and caches"
+
+eval: .venv/.run
+	$(BIN)/flaxqa eval --config configs/quickstart.toml
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+check: lint types
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.test
+	$(BIN)/mypy
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11; make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.run: .venv/bin/python requirements.lock pyproject.toml
+	$(PIP) --requirement requirements.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/.test: .venv/.run requirements-test.lock
+	$(PIP) --requirement requirements-test.lock $(TORCH)
+	@touch $@
+
+lock:
+	uv pip compile $(LOCK) --output-file requirements.lock pyproject.toml --group build
+	uv pip compile $(LOCK) --constraint requirements.lock --output-file requirements-test.lock \
+	  --group test
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist runs

@@ -1,0 +1,99 @@
+"""What ships with the repository: made by its script, learnt, and never seen in training."""
+
+import json
+import re
+
+import pytest
+from conftest import QUICKSTART
+from flax import nnx
+
+from eval import quickstart, squad
+from flaxqa import answers, checkpoint, features
+from flaxqa.model import DistilBertForQuestionAnswering
+from flaxqa.predict import Predictor
+
+
+def contexts(part):
+    return sorted({question.context for question in squad.read(QUICKSTART / f"{part}.json")})
+
+
+def exact_match(model, tokenizer):
+    questions = squad.read(QUICKSTART / "heldout.json")
+    windows = features.make(questions, tokenizer)
+    logits = Predictor(model, devices=1).predict(windows)
+    found = answers.decode_squad(questions, windows, logits)
+    predictions = {
+        question.id: one[0].text for question, one in zip(questions, found, strict=True) if one
+    }
+    return squad.score(questions, predictions).exact_match
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return checkpoint.load(QUICKSTART / "checkpoint")
+
+
+def test_it_has_learnt_something(loaded):
+    assert exact_match(loaded.model, loaded.tokenizer) >= 60
+
+
+def test_the_untrained_weights_know_nothing(loaded):
+    untrained = DistilBertForQuestionAnswering(loaded.config, rngs=nnx.Rngs(quickstart.SEED))
+    assert exact_match(untrained, loaded.tokenizer) < 5
+
+
+@pytest.mark.parametrize(
+    ("part", "paragraphs"),
+    [("heldout", quickstart.HELDOUT_PARAGRAPHS), ("train", quickstart.TRAIN_PARAGRAPHS)],
+)
+def test_the_script_makes_the_files_that_are_here(part, paragraphs):
+    assert json.loads((QUICKSTART / f"{part}.json").read_text()) == quickstart.squad_json(
+        part, paragraphs
+    )
+
+
+def test_it_is_as_large_as_promised_and_small_enough_to_ship():
+    questions = squad.read(QUICKSTART / "heldout.json")
+    assert len(contexts("heldout")) >= 60
+    assert len(questions) >= 400
+    size = sum(path.stat().st_size for path in (QUICKSTART / "checkpoint").iterdir())
+    assert size <= 4 << 20
+
+
+def test_every_answer_stands_where_it_says():
+    for part in ("heldout", "train"):
+        content = json.loads((QUICKSTART / f"{part}.json").read_text())
+        for article in content["data"]:
+            for paragraph in article["paragraphs"]:
+                for qa in paragraph["qas"]:
+                    (answer,) = qa["answers"]
+                    assert paragraph["context"][answer["answer_start"] :].startswith(answer["text"])
+
+
+def names_and_numbers(part):
+    """The invented words of the paragraphs (those with a capital inside a sentence) and numbers."""
+    found = set()
+    for context in contexts(part):
+        found |= set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", context))
+        found |= set(re.findall(r"\d[\d,]*\d|\d", context))
+    return found
+
+
+def test_no_held_out_name_or_number_is_in_the_training_part():
+    ordinary = {"River", "Works", "Bridge", "Mount", "Medal", "The", "On", "In", "Far", "At"}
+    ordinary |= {word.capitalize() for word in quickstart.TITLE_ADJECTIVES}
+    ordinary |= {word.capitalize() for word in quickstart.TITLE_NOUNS}
+    heldout, train = names_and_numbers("heldout") - ordinary, names_and_numbers("train") - ordinary
+    assert len(heldout) > 300
+    assert not heldout & train
+
+
+def test_the_vocabulary_is_the_scripts_own(loaded):
+    assert quickstart.train_tokenizer().get_vocab() == loaded.tokenizer.get_vocab()
+
+
+def test_a_few_steps_of_training_change_the_weights(tmp_path, loaded):
+    quickstart.train(tmp_path, steps=2, learning_rate=1e-3, devices=1)
+    trained = checkpoint.load(tmp_path / "checkpoint")
+    assert trained.config == loaded.config
+    assert trained.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
