@@ -537,28 +537,35 @@ def train(folder: Path, steps: int, learning_rate: float, devices: int = DEVICES
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98))
 
+    mesh = jax.make_mesh(
+        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+    rows = PartitionSpec("data")
+
     def loss_of(params: nnx.State, ids: Any, mask: Any, first: Any, last: Any) -> Any:
         out = nnx.merge(graphdef, params).forward(ids, mask)
         losses = [
             optax.softmax_cross_entropy_with_integer_labels(jnp.where(mask == 1, scores, -1e9), at)
             for scores, at in ((out.start_logits, first), (out.end_logits, last))
         ]
-        return (losses[0] + losses[1]).mean() / 2
+        return jax.lax.pmean((losses[0] + losses[1]).mean() / 2, "data")
+
+    # Each device its own rows: see `MeshJit` in flaxqa/predict.py.
+    sharded_loss = jax.shard_map(
+        loss_of, mesh=mesh, in_specs=(PartitionSpec(), *[rows] * 4), out_specs=PartitionSpec()
+    )
 
     @jax.jit
     def step(params: nnx.State, state: Any, *batch: Any) -> tuple[nnx.State, Any, Any]:
-        loss, grads = jax.value_and_grad(loss_of)(params, *batch)
+        loss, grads = jax.value_and_grad(sharded_loss)(params, *batch)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    mesh = jax.make_mesh(
-        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
-    )
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     state, losses = optimizer.init(params), []
     feed = batches(tokenizer, random.Random(SEED))
     for number, batch in zip(range(1, steps + 1), feed, strict=False):
-        batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+        batch = jax.device_put(batch, NamedSharding(mesh, rows))
         params, state, loss = step(params, state, *batch)
         losses.append(loss)
         if number % 200 == 0:
