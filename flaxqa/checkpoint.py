@@ -129,9 +129,14 @@ def fetch(repo_id: str, revision: str | None) -> tuple[Path, str]:
     def get(file: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(repo_id, file, revision=revision))
 
+    unreached = []  # what is not in the cache, of which the hub could not be asked
+
     def get_if_there(file: str) -> bool:
         try:
             get(file)
+        except errors.LocalEntryNotFoundError as error:
+            unreached.append(error)
+            return False
         except errors.EntryNotFoundError:
             return False
         return True
@@ -141,10 +146,12 @@ def fetch(repo_id: str, revision: str | None) -> tuple[Path, str]:
         directory = get("config.json").parent
         revision = directory.name  # the commit: all files are of one state of the repository
         tokenizer_files = [file for file in ("tokenizer.json", "vocab.txt") if get_if_there(file)]
-        if not tokenizer_files:
+        if not tokenizer_files and not unreached:
             raise ModelRejected(f"{where} has neither tokenizer.json nor vocab.txt")
         get_if_there("tokenizer_config.json")
         found = next((file for file in weights.FORMATS if get_if_there(file)), None)
+        if unreached and not (tokenizer_files and found):
+            raise unreached[0]
         if found == weights.SHARDED:
             for shard in set(weights.weight_map(directory / found).values()):
                 if "/" in shard:

@@ -354,3 +354,10 @@ def test_saving_leaves_no_half_file(folder, tmp_path, monkeypatch):
     with pytest.raises(TryAgain, match="No space left"):
         model.save_pretrained(tmp_path / "saved")
     assert list((tmp_path / "saved").iterdir()) == []
+
+
+def test_a_half_filled_offline_cache_is_no_fault_of_the_checkpoint(hub_cache, tmp_path):
+    snapshot = tmp_path / "hub" / "models--someone--tiny-squad" / "snapshots" / hub_cache
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(TryAgain, match="is not in the hub's cache"):
+        checkpoint.load("someone/tiny-squad")
