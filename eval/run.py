@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -161,11 +162,15 @@ def read_data(config: EvalConfig) -> tuple[list[squad.SquadExample], dict[str, A
     """The questions, cut to `limit`, and where they came from."""
     path = Path(config.data)
     source: dict[str, Any] = {"name": config.data}
-    if path.is_file():
+    try:
+        is_file, is_there = path.is_file(), path.exists()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if is_file:
         questions = squad.read(path)
         source["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    elif path.exists() or path.suffix == ".json" or config.data.startswith((".", "/", "~")):
-        raise DataError(f"{path} is {'not a file' if path.exists() else 'missing'}")
+    elif is_there or path.suffix == ".json" or config.data.startswith((".", "/", "~")):
+        raise DataError(f"{path} is {'not a file' if is_there else 'missing'}")
     else:
         questions, commit = squad.read_hub(
             config.data, split=config.split, revision=config.data_revision
@@ -268,36 +273,47 @@ class Partial:
         self.path = path
         self.rows: list[Row] = []
         self.spent = Spent()
-        lines: list[bytes] = []
         try:
-            if path.exists():
-                lines = path.read_bytes().splitlines(keepends=True)
-            whole = self.restore(lines, key)
-            self.file = path.open("wb")
-            self.file.write(
-                b"".join(lines[:whole]) or json.dumps({"run_key": key}).encode() + b"\n"
-            )
-            self.file.flush()
+            path.touch()
+            self.file = path.open("r+b")
         except OSError as error:
             raise TryAgain(f"{path} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # What is kept stays in place: a crash while resuming costs nothing.
+            self.file.truncate(self.restore(self.file.readlines(), key))
+            self.file.seek(0, os.SEEK_END)
+            if self.file.tell() == 0:
+                self.file.write(json.dumps({"run_key": key}).encode() + b"\n")
+                self.file.flush()
+        except OSError as error:
+            self.file.close()
+            busy = isinstance(error, BlockingIOError)
+            reason = "another run is writing there" if busy else error.strerror
+            raise TryAgain(f"{path.parent} cannot be written: {reason}") from error
 
     def restore(self, lines: list[bytes], key: str) -> int:
-        """Takes the rows of every whole line and returns how many lines that were."""
+        """Takes the rows of every whole line and returns how many bytes those have."""
+        size = 0
         for number, line in enumerate(lines):
             try:
                 if not line.endswith(b"\n"):
-                    return number
+                    break
                 content = json.loads(line)
-            except ValueError:
-                return number
-            if number == 0:
-                if content != {"run_key": key}:
-                    return 0
-                continue
-            for found, *rest in content["rows"]:
-                self.rows.append(Row([Answer(*fields) for fields in found], *rest))
-            self.spent.add(Spent(**content["spent"]))
-        return len(lines)
+                if number == 0:
+                    if content != {"run_key": key}:
+                        break
+                else:
+                    rows = [
+                        Row([Answer(*fields) for fields in found], *rest)
+                        for found, *rest in content["rows"]
+                    ]
+                    self.spent.add(Spent(**content["spent"]))
+                    self.rows += rows
+            except (ValueError, KeyError, TypeError):
+                break
+            size += len(line)
+        return size
 
     def append(self, rows: Sequence[Row], spent: Spent) -> None:
         """Keeps a chunk; when this returns it is on disk."""

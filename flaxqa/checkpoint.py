@@ -80,6 +80,13 @@ def load(
     dtype = checked_dtype(dtype)
     directory, commit = locate(name, revision)
     try:
+        return load_directory(directory, commit, dtype)
+    except OSError as error:
+        raise ModelRejected(f"{directory} cannot be read: {error}") from error
+
+
+def load_directory(directory: Path, commit: str | None, dtype: DTypeLike) -> Checkpoint:
+    try:
         config = DistilBertConfig.from_dict(read_json(directory, "config.json"))
     except ModelRejected as error:
         raise ModelRejected(f"{directory / 'config.json'}: {error}") from error
@@ -110,14 +117,19 @@ def checked_dtype(dtype: DTypeLike) -> np.dtype:
 
 def locate(name: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
     """(directory, commit) of a checkpoint's files; those of a hub repository are fetched first."""
-    directory = Path(name).expanduser()
-    if directory.is_dir():
+    directory = Path(name)
+    try:
+        directory = directory.expanduser()
+        is_there, is_directory = directory.exists(), directory.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be entered
+        raise UsageError(f"{name} cannot be read: {error}") from error
+    if is_directory:
         if revision is not None:
             raise UsageError(f"{name} is a directory; a revision belongs to a hub id")
         return directory, None
     parts = str(name).split("/")
-    if directory.exists() or len(parts) > 2 or parts[0] in ("", ".", "..", "~"):
-        raise UsageError(f"{name} is {'not a directory' if directory.exists() else 'missing'}")
+    if is_there or len(parts) > 2 or parts[0] in ("", ".", "..", "~"):
+        raise UsageError(f"{name} is {'not a directory' if is_there else 'missing'}")
     return fetch(str(name), revision)
 
 
@@ -265,7 +277,8 @@ def tokenizer_problems(tokenizer: tokenizers.Tokenizer, config: DistilBertConfig
     An id past the embedding table is no error to a device: it reads NaN or the last row.
     """
     vocab = tokenizer.get_vocab(with_added_tokens=True)
-    problems = [f"it has no {token}" for token in ("[CLS]", "[SEP]") if token not in vocab]
+    needed = ("[UNK]", "[CLS]", "[SEP]")
+    problems = [f"it has no {token}" for token in needed if token not in vocab]
     if len(vocab) != config.vocab_size:
         problems.append(
             f"it has {len(vocab)} tokens, the config has vocab_size {config.vocab_size}"
@@ -273,9 +286,17 @@ def tokenizer_problems(tokenizer: tokenizers.Tokenizer, config: DistilBertConfig
     elif max(vocab.values()) >= config.vocab_size:
         problems.append(f"its largest id is {max(vocab.values())}, past the vocabulary")
     if not problems:
-        a, b = (tokenizer.encode(word, add_special_tokens=False).ids for word in ("who", "where"))
+        # Two words and a character that hardly any vocabulary has.
+        pair = ("who", "where \U00010fff")
         cls, sep = vocab["[CLS]"], vocab["[SEP]"]
-        if tokenizer.encode("who", "where").ids != [cls, *a, sep, *b, sep]:
+        try:
+            a, b = (tokenizer.encode(text, add_special_tokens=False).ids for text in pair)
+            whole = tokenizer.encode(*pair).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the Rust library is not an Exception
+            return [f"it cannot tokenize {pair}: {error}"]
+        if whole != [cls, *a, sep, *b, sep]:
             problems.append("it does not make [CLS] question [SEP] context [SEP]")
     return problems
 

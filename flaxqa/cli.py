@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import tyro
 
 from eval.config import PATHS, EvalConfig, read_toml
-from flaxqa.errors import FlaxqaError, GateNotMet, UsageError
+from flaxqa.errors import FlaxqaError, GateNotMet, ModelRejected, UsageError
 
 if TYPE_CHECKING:
     from flaxqa.answers import Answer
@@ -67,8 +67,8 @@ class Ask:
     max_length: int | None = None
     """Tokens of a window; 384, or the checkpoint's positions if those are fewer."""
 
-    doc_stride: int = 128
-    """Tokens that neighbouring windows share."""
+    doc_stride: int | None = None
+    """Tokens that neighbouring windows share; 128, or half a window if that is less."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and operands."""
@@ -187,18 +187,25 @@ def ask(command: Ask) -> int:
         raise UsageError(reason)
     predict.use_compilation_cache()
     loaded = checkpoint.load(command.model, revision=command.revision, dtype=command.dtype)
-    max_length = command.max_length or min(384, loaded.config.max_position_embeddings)
+    max_length, doc_stride = command.max_length, command.doc_stride
+    if max_length is None:
+        max_length = min(384, loaded.config.max_position_embeddings)
+    if doc_stride is None:
+        doc_stride = min(128, max_length // 2)
     predictor = predict.Predictor(loaded.model, max_length=max_length, devices=1)
     windows = features.make(
-        [example], loaded.tokenizer, max_length=max_length, doc_stride=command.doc_stride
+        [example], loaded.tokenizer, max_length=max_length, doc_stride=doc_stride
     )
     if windows[0].question_cut:
-        limit = features.question_limit(max_length, command.doc_stride)
+        limit = features.question_limit(max_length, doc_stride)
         print(f"flaxqa: the question was cut to its first {limit} tokens", file=sys.stderr)
+    logits = predictor.predict(windows)
+    if answers.non_finite(windows, logits):
+        raise ModelRejected(f"{command.model} gives logits that are not finite in {command.dtype}")
     (found,) = answers.decode_squad(
         [example],
         windows,
-        predictor.predict(windows),
+        logits,
         n_best=max(command.top_k, answers.N_BEST),
         max_answer_length=command.max_answer_length,
     )

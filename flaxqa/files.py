@@ -47,9 +47,9 @@ def writable_directory(path: str | Path) -> Path:
       TryAgain: it cannot be made or written.
     """
     directory = Path(path)
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory} is not a directory")
     try:
+        if directory.exists() and not directory.is_dir():
+            raise UsageError(f"{directory} is not a directory")
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"flaxqa")

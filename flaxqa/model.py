@@ -71,7 +71,7 @@ class DistilBertConfig:
                 problems.append(f"{name} is {value!r}, it must be an integer from 1 to {limit:,}")
         if not problems and self.dim % self.n_heads:
             problems.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
-        if self.activation not in ACTIVATIONS:
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             known = " or ".join(map(repr, ACTIVATIONS))
             problems.append(f"activation is {self.activation!r}, only {known} is computed")
         if not problems and not (

@@ -287,10 +287,12 @@ def use_compilation_cache() -> None:
     without.
     """
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        directory = base / "flaxqa" / f"jax-{jax.__version__}-{processor():08x}"
-        with contextlib.suppress(OSError):
+        try:
+            base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            directory = base / "flaxqa" / f"jax-{jax.__version__}-{processor():08x}"
             directory.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):  # RuntimeError: a user without a home
+            return
         if not os.access(directory, os.W_OK):
             return
         jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -18,9 +18,9 @@ import json
 import math
 import pickletools
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +29,7 @@ import safetensors
 from flaxqa.errors import ModelRejected, all_problems
 
 Tensors = dict[str, np.ndarray]
+Value = TypeVar("Value")
 
 # In order of trust. The first one found is read; a fault in it is an error, never a reason to try
 # the next.
@@ -121,9 +122,28 @@ def torch_name(path: tuple[str, ...]) -> str:
     return ".".join((*module, LEAF_NAMES.get(leaf, leaf)))
 
 
-def renamed(tensors: Mapping[str, np.ndarray]) -> Tensors:
+def new_name(name: str) -> str:
     """LayerNorm's `gamma` and `beta` of checkpoints before 2019 under today's names."""
-    return {torch_name(tuple(name.split("."))): tensor for name, tensor in tensors.items()}
+    module, dot, leaf = name.rpartition(".")
+    return module + dot + {"gamma": "weight", "beta": "bias"}.get(leaf, leaf)
+
+
+def unique(named: Iterable[tuple[str, Value]]) -> dict[str, Value]:
+    """The pairs as a dict.
+
+    Raises:
+      ValueError: two have one name, so that one of them would be lost.
+    """
+    found: dict[str, Value] = {}
+    for name, value in named:
+        if name in found:
+            raise ValueError(f"two tensors would be called {name[:200]}")
+        found[name] = value
+    return found
+
+
+def renamed(tensors: Iterable[tuple[str, np.ndarray]]) -> Tensors:
+    return unique((new_name(name), tensor) for name, tensor in tensors)
 
 
 # ------------------------------------------------------------------------------------ safetensors
@@ -134,12 +154,15 @@ def read_safetensors(path: Path) -> Tensors:
         entries = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError as error:
         raise ModelRejected(f"{path} is not a whole safetensors file: {error}") from error
-    tensors = {}
+    tensors = []
     for name, entry in entries:
         if (dtype := SAFETENSORS_DTYPES.get(entry["dtype"])) is None:
             raise ModelRejected(f"{path}: {name} is stored as {entry['dtype']}, which is not read")
-        tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
-    return renamed(tensors)
+        tensors.append((name, np.frombuffer(entry["data"], dtype).reshape(entry["shape"])))
+    try:
+        return renamed(tensors)
+    except ValueError as error:
+        raise ModelRejected(f"{path}: {error}") from error
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -148,13 +171,13 @@ def weight_map(index: Path) -> dict[str, str]:
         names = json.loads(index.read_bytes())["weight_map"]
         if not all(isinstance(file, str) for file in names.values()):
             raise TypeError("a file name is not a string")
+        return unique((new_name(name), file) for name, file in names.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelRejected(f"{index} is not an index of safetensors files: {error}") from error
-    return dict(names)
 
 
 def read_shards(index: Path, shards: list[Path]) -> Tensors:
-    wanted = {torch_name(tuple(k.split("."))): v for k, v in weight_map(index).items()}
+    wanted = weight_map(index)
     tensors: Tensors = {}
     problems = []
     for shard in shards:
@@ -231,9 +254,8 @@ def read_torch(path: Path) -> Tensors:
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
             file.seek(0)
-            return renamed(read_torch_zip(file) if is_zip else read_torch_legacy(file))
-    except ModelRejected:
-        raise
+            tensors = read_torch_zip(file) if is_zip else read_torch_legacy(file)
+            return renamed(tensors.items())
     # The parts of a damaged file fail in many ways; each one is the same news to the user.
     except Exception as error:
         raise ModelRejected(f"{path} is not a file of torch tensors: {error}") from error
@@ -274,8 +296,8 @@ def read_torch_legacy(file: BinaryIO) -> Tensors:
     storages = {view.storage.key: view.storage for view in views.values()}
     flats = {}
     for key in interpret(file):
-        if key not in storages:
-            raise ValueError(f"storage {key!r} belongs to no tensor")
+        if type(key) is not str or key not in storages:
+            raise ValueError("it has a storage that belongs to no tensor")
         storage = storages[key]
         elements = int.from_bytes(file.read(8), "little")
         if elements != storage.elements:
@@ -294,15 +316,16 @@ def tensor_views(state_dict: Any) -> dict[str, View]:
     if not isinstance(state_dict, dict):
         raise ValueError("it does not hold a dict of tensors")
     for name, value in state_dict.items():
-        if not (isinstance(name, str) and isinstance(value, View)):
-            raise ValueError(f"its entry {name!r} is not a tensor")
+        if not isinstance(value, View):
+            raise ValueError(f"its entry {name[:200]!r} is not a tensor")
     return state_dict
 
 
 def interpret(file: BinaryIO) -> Any:
     """The value of the next pickle in the file, as far as it is made of plain data and tensors.
 
-    Knows the opcodes that state dicts consist of, and no other.
+    Knows the opcodes that state dicts consist of, and no other. Its values are neither hashed nor
+    printed unless they are strings: a hundred bytes can build a tuple that holds itself 2^40 times.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -318,6 +341,8 @@ def interpret(file: BinaryIO) -> Any:
     def set_items(target: Any, items: list[Any]) -> None:
         if not isinstance(target, dict):
             raise ValueError("the pickle fills something that is not a dict")
+        if not all(type(key) is str for key in items[::2]):
+            raise ValueError("the pickle has a dict whose keys are not strings")
         target.update(zip(items[::2], items[1::2], strict=True))
 
     operations: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]] = pickletools.genops(file)
@@ -373,6 +398,8 @@ def interpret(file: BinaryIO) -> Any:
                 stack.append(known_global(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
+                if not (type(name) is type(module) is str):
+                    raise ValueError("its pickle asks for something that has no name")
                 stack.append(known_global(module, name))
             case "BINPERSID":
                 stack.append(storage_of(stack.pop()))
@@ -414,7 +441,8 @@ def call(function: Any, arguments: Any) -> Any:
                 type(number) is int and number >= 0 for number in (offset, *shape, *strides)
             ):
                 return View(storage, offset, shape, strides)
-    raise ValueError(f"its pickle makes a call that no state dict needs, of {function}")
+    name = function.name if isinstance(function, Global) else "what is no function"
+    raise ValueError(f"its pickle makes a call that no state dict needs, of {name}")
 
 
 def storage_of(persistent_id: Any) -> Storage:
@@ -433,16 +461,15 @@ def read_msgpack(path: Path) -> Tensors:
 
     try:
         tree = serialization.msgpack_restore(path.read_bytes())
-        leaves = dict(flatten(tree))
+        return from_kernels(flatten(tree))
     # msgpack reports damage with many types, OverflowError and TypeError among them.
     except Exception as error:
         raise ModelRejected(f"{path} is not a msgpack file of arrays: {error}") from error
-    return from_kernels(leaves)
 
 
 def flatten(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
     if not isinstance(tree, dict):
-        if not isinstance(tree, np.ndarray):
+        if not (path and isinstance(tree, np.ndarray)):
             raise ValueError(f"{'/'.join(path) or 'the file'} is {type(tree).__name__}, no array")
         yield path, tree
         return
@@ -450,12 +477,11 @@ def flatten(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
         yield from flatten(value, (*path, str(name)))
 
 
-def from_kernels(leaves: Mapping[tuple[str, ...], np.ndarray]) -> Tensors:
+def from_kernels(leaves: Iterable[tuple[tuple[str, ...], np.ndarray]]) -> Tensors:
     """Arrays of Flax or Keras under torch names; a kernel [in, out] becomes a weight [out, in]."""
-    return {
-        torch_name(path): array.T if path[-1] == "kernel" else array
-        for path, array in leaves.items()
-    }
+    return unique(
+        (torch_name(path), array.T if path[-1] == "kernel" else array) for path, array in leaves
+    )
 
 
 # ------------------------------------------------------------------------------------------- hdf5
@@ -466,15 +492,18 @@ def read_hdf5(path: Path) -> Tensors:
 
     try:
         with h5py.File(path, "r") as file:
-            return from_kernels({keras_path(name): array for name, array in datasets(file)})
+            return from_kernels((keras_path(name), array) for name, array in datasets(file, set()))
     except ModelRejected:
         raise
     except Exception as error:
         raise ModelRejected(f"{path} is not an HDF5 file of weights: {error}") from error
 
 
-def datasets(group: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Every data set below the group, read; only what lies plainly in this file."""
+def datasets(group: Any, seen: set[int]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every data set below the group, read; only what lies plainly in this file, once.
+
+    `seen` are the addresses met so far: with hard links, a small file can hold a group 2^40 times.
+    """
     import h5py
 
     for name in group:
@@ -482,8 +511,12 @@ def datasets(group: Any) -> Iterator[tuple[str, np.ndarray]]:
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise ModelRejected(f"{group.file.filename}: {where} is a link to another place")
         item = group[name]
+        address = h5py.h5o.get_info(item.id).addr
+        if address in seen:
+            raise ModelRejected(f"{group.file.filename}: {where} is there under another name too")
+        seen.add(address)
         if isinstance(item, h5py.Group):
-            yield from datasets(item)
+            yield from datasets(item, seen)
         elif isinstance(item, h5py.Dataset):
             if item.external or item.is_virtual:
                 raise ModelRejected(f"{group.file.filename}: {where} lies in another file")

@@ -142,6 +142,14 @@ def swapped_template(folder):
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def without_unknown(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["[UNKX]"] = vocab.pop("[UNK]")
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "[UNK]"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
 def vocab_twice(folder):
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("\n".join([*VOCAB[:-1], "bob"]) + "\n")
@@ -200,6 +208,7 @@ BROKEN = {
     "tokenizer empty": (
         lambda f: (f / "tokenizer.json").write_text("{}"), "is not a tokenizer"),
     "tokenizer template": (swapped_template, "does not make"),
+    "tokenizer without [UNK]": (without_unknown, r"it has no \[UNK\]"),
     "tokenizer vocab twice": (vocab_twice, "1 tokens twice"),
     "tokenizer contradiction": (contradiction, "lowercase True.*do_lower_case"),
 }  # fmt: skip
@@ -298,6 +307,10 @@ def test_usage_that_cannot_be_is_refused(folder, tmp_path):
         checkpoint.load(folder, dtype="float64")
     with pytest.raises(UsageError, match="is not a directory"):
         checkpoint.load(folder / "config.json")
+    with pytest.raises(UsageError, match="cannot be read"):
+        checkpoint.load("a" * 300)
+    with pytest.raises(UsageError, match="cannot be read"):
+        checkpoint.load("~nobody-of-this-name/x")
     with pytest.raises(UsageError, match="not a directory"):
         checkpoint.load(folder).model.save_pretrained(folder / "config.json")
 

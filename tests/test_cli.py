@@ -129,6 +129,25 @@ def test_what_ask_cannot_do_it_says(arguments, code, message):
     assert "Traceback" not in done.stderr
 
 
+def test_ask_refuses_a_checkpoint_whose_logits_are_not_finite(tmp_path):
+    import shutil
+
+    import safetensors.numpy
+
+    shutil.copytree(MODEL, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = {
+        name: array.astype("float32") for name, array in safetensors.numpy.load_file(path).items()
+    }
+    tensors["qa_outputs.weight"][:] = 3e38
+    safetensors.numpy.save_file(tensors, path)
+    done = flaxqa("ask", "--model", tmp_path / "model", "--question", QUESTION, "--context",
+                  CONTEXT)  # fmt: skip
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "not finite" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_ask_says_when_a_question_was_cut():
     done = flaxqa("ask", "--model", MODEL, "--question", "who " * 400, "--context", CONTEXT)
     assert done.returncode == 0

@@ -237,6 +237,25 @@ def test_a_stopped_run_goes_on_where_it_was(small_chunks, tmp_path, monkeypatch,
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
+@pytest.mark.parametrize("line", ["{}", "[]", '{"rows": [7]}', '{"rows": [], "spent": {"x": 1}}'])
+def test_a_kept_line_of_another_shape_is_dropped(small_chunks, tmp_path, monkeypatch, line):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(Stopped):
+            run.evaluate(quickstart(tmp_path))
+    with (tmp_path / ".partial.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert run.evaluate(quickstart(tmp_path))["resumed_questions"] == 14
+
+
+def test_two_runs_into_one_directory_do_not_mix(tmp_path):
+    with (
+        run.Partial(tmp_path / ".partial.jsonl", "key"),
+        pytest.raises(TryAgain, match="another run is writing there"),
+    ):
+        run.evaluate(quickstart(tmp_path))
+
+
 @pytest.mark.parametrize("change", [{"max_answer_length": 5}, {"limit": 39}, {"dtype": "bfloat16"}])
 def test_a_run_of_another_key_begins_anew(small_chunks, tmp_path, monkeypatch, change):
     with monkeypatch.context() as patched:
@@ -279,7 +298,9 @@ def test_a_read_only_output_is_found_before_the_model_loads(tmp_path, monkeypatc
         run.evaluate(quickstart(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("output", ["/proc/flaxqa", "/dev/null", "/dev/null/out"])
+@pytest.mark.parametrize(
+    "output", ["/proc/flaxqa", "/dev/null", "/dev/null/out", "/tmp/" + "a" * 300]
+)
 def test_an_output_that_cannot_be_is_found_before_the_model_loads(monkeypatch, output):
     no_loading(monkeypatch)
     with pytest.raises((TryAgain, UsageError), match=output.split("/")[1]):

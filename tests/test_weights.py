@@ -238,6 +238,11 @@ def attacks(canary):
     yield "torch attribute", lambda path: as_torch_zip(path, b"ctorch\nload\n.")
     yield "dotted name", lambda path: as_torch_zip(path, b"ctorch\nFloatStorage.__init__\n.")
     yield "memo bomb", lambda path: as_torch_zip(path, b"\x80\x02Nr\xff\xff\xff\x7f.")
+    laughs = b"K\x01q\x00" + b"h\x00h\x00\x86q\x00" * 60  # a tuple that holds 1 2^60 times
+    yield "laughing global", lambda path: as_torch_zip(path, laughs + b"h\x00\x93.")
+    yield "laughing key", lambda path: as_torch_zip(path, b"}" + laughs + b"0h\x00K\x01s.")
+    yield "laughing call", lambda path: as_torch_zip(path, laughs + b")R.")
+    yield "laughing storage", lambda path: as_torch_zip(path, laughs + b"Q.")
     yield "extension", lambda path: as_torch_zip(path, b"\x80\x02\x82\x01.")
     yield (
         "build on a tensor",
@@ -365,8 +370,28 @@ def test_hdf5_that_reads_elsewhere_is_refused(tmp_path, kind):
         weights.read(folder)
 
 
+def test_hdf5_that_holds_its_groups_many_times_is_refused(tmp_path):
+    """Twenty kilobytes of hard links are a million paths."""
+    with h5py.File(tmp_path / weights.HDF5, "w") as file:
+        inner = file.create_group("level0")
+        for level in range(1, 40):
+            outer = file.create_group(f"level{level}")
+            outer["a"] = outer["b"] = inner
+            inner = outer
+    with pytest.raises(ModelRejected, match="under another name too"):
+        weights.read(tmp_path)
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_torch])
+def test_two_tensors_for_one_place_are_refused(tmp_path, write):
+    one, other = np.ones(2, np.float32), np.zeros(2, np.float32)
+    write(tmp_path, {"a.LayerNorm.weight": one, "a.LayerNorm.gamma": other})
+    with pytest.raises(ModelRejected, match=r"two tensors would be called a\.LayerNorm\.weight"):
+        weights.read(tmp_path)
+
+
 def test_msgpack_that_is_not_a_tree_of_arrays_is_refused(tmp_path):
-    for content in (7, {"a": "text"}, {"a": {"b": None}}):
+    for content in (7, np.ones(3), {"a": "text"}, {"a": {"b": None}}):
         (tmp_path / weights.MSGPACK).write_bytes(serialization.msgpack_serialize(content))
         with pytest.raises(ModelRejected, match="flax_model.msgpack"):
             weights.read(tmp_path)
