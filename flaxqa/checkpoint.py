@@ -86,8 +86,9 @@ def load(
 
 
 def load_directory(directory: Path, commit: str | None, dtype: DTypeLike) -> Checkpoint:
+    content = read_json(directory, "config.json")
     try:
-        config = DistilBertConfig.from_dict(read_json(directory, "config.json"))
+        config = DistilBertConfig.from_dict(content)
     except ModelRejected as error:
         raise ModelRejected(f"{directory / 'config.json'}: {error}") from error
     tokenizer, tokenizer_files = load_tokenizer(directory)
