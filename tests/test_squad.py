@@ -35,6 +35,7 @@ def content(*qas, context="I am Bob."):
         ("red green", "green blue yellow", False, 0.4),
         ("Stra\u00dfe", "STRASSE", False, 0.0),
         ("a\u00a0b", "b", True, 1.0),  # a no-break space is white space
+        ("x\u2013a\u2013y", "x\u2013 \u2013y", True, 1.0),  # an article leaves a space
     ],
 )
 def test_scores_of_one_pair(prediction, answer, exact, f1):
