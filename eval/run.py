@@ -191,12 +191,17 @@ def run_key(run: dict[str, Any]) -> str:
 def chunks(
     questions: Sequence[squad.SquadExample], begin: int
 ) -> Iterator[list[squad.SquadExample]]:
-    """The questions from `begin` on, in pieces whose borders do not depend on `begin`."""
+    """The questions from `begin`, a border, on, in pieces whose borders do not depend on it.
+
+    A piece has QUESTIONS_PER_CHUNK questions and those that follow on the same context, so that a
+    context is tokenized once; but it ends where it would have too many characters.
+    """
     chunk: list[squad.SquadExample] = []
     size = 0
     for question in questions[begin:]:
         size += len(question.context)
-        if chunk and (len(chunk) == QUESTIONS_PER_CHUNK or size > CHARACTERS_PER_CHUNK):
+        full = len(chunk) >= QUESTIONS_PER_CHUNK and question.context != chunk[-1].context
+        if chunk and (full or size > CHARACTERS_PER_CHUNK):
             yield chunk
             chunk, size = [], len(question.context)
         chunk.append(question)
