@@ -127,16 +127,3 @@ def describe(kind: Any) -> str:
         options = [option for option in typing.get_args(kind) if option is not types.NoneType]
         return describe(options[0])
     return {str: "a string", int: "an integer", float: "a number"}[kind]
-
-
-def from_options(options: dict[str, Any], toml: str | Path | None = None) -> EvalConfig:
-    """The config of a TOML file with the given options over it.
-
-    Raises:
-      UsageError: `model`, `data` or `output` is set by neither.
-    """
-    values = {**(read_toml(toml) if toml else {}), **options}
-    if missing := [name for name in PATHS if name not in values]:
-        flags = ", ".join(f"--{name}" for name in missing)
-        raise UsageError(f"{flags} needed, on the command line or in the --config file")
-    return EvalConfig(**values)

@@ -144,7 +144,10 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
         for chunk in chunks(questions, resumed):
             partial.append(*answer(chunk, loaded, predictor, config, progress))
     progress.stage("scoring")
-    metrics = results(questions, rows, spent, config)
+    scoring = time.perf_counter()
+    scores = squad.score(questions, best_texts(questions, rows))
+    metrics = results(scores, rows, spent, config)
+    metrics["score_seconds"] = time.perf_counter() - scoring
     metrics["compile_seconds"] = predictor.compile_seconds
     metrics["load_seconds"] = load_seconds
     metrics["resumed_questions"] = resumed
@@ -153,7 +156,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
     run["shapes"] = [list(shape) for shape in predictor.shapes]
     run["started"] = began.isoformat(timespec="seconds")
     run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write(output, questions, rows, metrics, run)
+    write(output, questions, rows, scores, metrics, run)
     partial.path.unlink()
     return metrics
 
@@ -343,16 +346,13 @@ class Partial:
 
 
 def results(
-    questions: Sequence[squad.SquadExample],
+    scores: squad.Scores,
     rows: Sequence[Row],
     spent: Spent,
     config: EvalConfig,
 ) -> dict[str, Any]:
     """The scores and speeds of a run: the content of `metrics.json`, but for its last fields."""
-    began = time.perf_counter()
-    scores = squad.score(questions, best_texts(questions, rows))
     intervals = scores.intervals()
-    score_seconds = time.perf_counter() - began
     seconds = spent.tokenize_seconds + spent.device_seconds + spent.decode_seconds
     return {
         "exact_match": scores.exact_match,
@@ -360,20 +360,19 @@ def results(
         "exact_match_interval": intervals["exact_match"],
         "f1_interval": intervals["f1"],
         "confidence": 0.95,
-        "total": len(questions),
+        "total": len(rows),
         "set_aside": sum(row.error is not None for row in rows),
         "questions_cut": sum(row.question_cut for row in rows),
         "limit": config.limit,
         "n_windows": spent.windows,
         "n_tokens": spent.tokens,
         "padding_share": 1 - spent.tokens / max(spent.computed_tokens, 1),
-        "questions_per_second": len(questions) / max(seconds, 1e-9),
+        "questions_per_second": len(rows) / max(seconds, 1e-9),
         "windows_per_second": spent.windows / max(seconds, 1e-9),
         "tokens_per_second": spent.tokens / max(seconds, 1e-9),
         "tokenize_seconds": spent.tokenize_seconds,
         "device_seconds": spent.device_seconds,
         "decode_seconds": spent.decode_seconds,
-        "score_seconds": score_seconds,
     }
 
 
@@ -390,6 +389,7 @@ def write(
     output: Path,
     questions: Sequence[squad.SquadExample],
     rows: Sequence[Row],
+    scores: squad.Scores,
     metrics: dict[str, Any],
     run: dict[str, Any],
 ) -> None:
@@ -407,7 +407,7 @@ def write(
     ]
     files.write_whole(output / "predictions.json", as_json(best_texts(questions, rows)))
     files.write_whole(output / "nbest_predictions.json", as_json(nbest))
-    files.write_whole(output / "per_example.parquet", parquet(questions, rows))
+    files.write_whole(output / "per_example.parquet", parquet(questions, rows, scores))
     if errors:
         lines = "".join(json.dumps(error) + "\n" for error in errors)
         files.write_whole(output / "errors.jsonl", lines.encode())
@@ -421,12 +421,13 @@ def as_json(content: Any) -> bytes:
     return json.dumps(content, indent=1).encode() + b"\n"
 
 
-def parquet(questions: Sequence[squad.SquadExample], rows: Sequence[Row]) -> bytes:
+def parquet(
+    questions: Sequence[squad.SquadExample], rows: Sequence[Row], scores: squad.Scores
+) -> bytes:
     """One row a question, for looking at what went wrong and for comparing two runs."""
     import pyarrow
     import pyarrow.parquet
 
-    scores = squad.score(questions, best_texts(questions, rows))
     best = [row.answers[0] if row.answers else None for row in rows]
 
     def column(name: str) -> list[Any]:

@@ -55,6 +55,16 @@ class Batch:
     shape: tuple[int, int]
 
 
+def logits_of(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Any, Any], tuple[Any, Any]]:
+    """The function of weights, ids and mask that both strategies split over devices."""
+
+    def forward(state: nnx.State, ids: Any, mask: Any) -> tuple[Any, Any]:
+        out = nnx.merge(graphdef, state).forward(ids, mask)
+        return out.start_logits, out.end_logits
+
+    return forward
+
+
 class MeshJit:
     """Rows split over a mesh with the single axis `data`, parameters copied along it."""
 
@@ -67,14 +77,13 @@ class MeshJit:
         whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
         self.state = jax.device_put(state, whole)
 
-        def forward(state: nnx.State, ids: Any, mask: Any) -> tuple[Any, Any]:
-            out = nnx.merge(graphdef, state).forward(ids, mask)
-            return out.start_logits, out.end_logits
-
         # Rows do not communicate, and shard_map says so: left to itself, XLA gathers a batch that
         # the model walks through row by row.
         sharded = jax.shard_map(
-            forward, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data")
+            logits_of(graphdef),
+            mesh=mesh,
+            in_specs=(P(), P("data"), P("data")),
+            out_specs=P("data"),
         )
         self.jitted = jax.jit(sharded, in_shardings=(whole, rows, rows), out_shardings=rows)
 
@@ -100,11 +109,7 @@ class Pmap:
         )
         self.state = jax.device_put(stacked, NamedSharding(mesh, P("data")))
 
-        def forward(state: nnx.State, ids: Any, mask: Any) -> tuple[Any, Any]:
-            out = nnx.merge(graphdef, state).forward(ids, mask)
-            return out.start_logits, out.end_logits
-
-        self.mapped = jax.pmap(forward, devices=self.devices)
+        self.mapped = jax.pmap(logits_of(graphdef), devices=self.devices)
 
     def compile(self, shape: tuple[int, int]) -> Run:
         """A function of ids and mask int32 [B, T] to logits [devices, B / devices, T]."""
