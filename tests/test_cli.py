@@ -198,7 +198,7 @@ def test_sigterm_exits_with_143_and_the_run_goes_on_afterwards(tmp_path):
             {"context": p["context"], "qas": [{**qa, "id": f"{n}-{qa['id']}"} for qa in p["qas"]]}
             for p in article["paragraphs"]
         ]}
-        for n in range(5) for article in content["data"]
+        for n in range(8) for article in content["data"]
     ]  # fmt: skip
     (tmp_path / "many.json").write_text(json.dumps({"version": "1.1", "data": many}))
     command = ["eval", "--model", MODEL, "--data", tmp_path / "many.json", "--output",
@@ -219,7 +219,7 @@ def test_sigterm_exits_with_143_and_the_run_goes_on_afterwards(tmp_path):
     done = flaxqa(*command)
     assert done.returncode == 0, done.stderr
     metrics = json.loads(done.stdout)
-    assert metrics["total"] == 5 * 559
+    assert metrics["total"] == 8 * 559
     assert metrics["resumed_questions"] >= 1024
 
 
