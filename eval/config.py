@@ -19,13 +19,13 @@ PATHS = ("model", "data", "output")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """One evaluation of a checkpoint on a SQuAD v1.1 data set."""
+    """One evaluation of a checkpoint on a SQuAD v1.1 or 2.0 data set."""
 
     model: str
     """Checkpoint: a directory, or a hub id (distilbert/distilbert-base-uncased-distilled-squad)."""
 
     data: str
-    """Questions: a SQuAD v1.1 JSON file, or a hub data set (rajpurkar/squad)."""
+    """Questions: a SQuAD v1.1 or 2.0 JSON file, or a hub data set (rajpurkar/squad)."""
 
     output: str
     """Directory for the results; made if missing. Results of an earlier run are replaced."""
@@ -61,13 +61,19 @@ class EvalConfig:
     """Tokens of a window: question, part of the context and three special tokens."""
 
     doc_stride: int = 128
-    """Context tokens that neighbouring windows share."""
+    """Context tokens that neighbouring windows share; with mlperf, by which they advance."""
+
+    windows: Literal["overlap", "mlperf"] = "overlap"
+    """How a long context is cut: as run_qa does, or as BERT's run_squad.py and MLPerf do."""
 
     n_best: int = 20
     """Starts and ends tried for each window, and answers kept for each question."""
 
     max_answer_length: int = 30
     """Tokens of the longest answer."""
+
+    null_score_diff_threshold: float = 0.0
+    """SQuAD 2.0: a question is left unanswered where its null odds are above this."""
 
     min_f1: float | None = None
     """A gate: exit code 5 when F1 in percent is below it. The results are written all the same."""

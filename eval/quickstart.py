@@ -519,9 +519,10 @@ def prepare(model: DistilBertForQuestionAnswering) -> None:
     for path, param in nnx.to_flat_state(nnx.state(model)):
         if path[-1] == "kernel" and "transformer" in path:
             param[...] = param[...] * (param.shape[0] ** -0.5 / 0.02)
-    for block in model.distilbert.transformer.layer[:2]:
+    encoder = model.encoder
+    for block in encoder.transformer.layer[:2]:
         block.attention.k_lin.kernel[...] = block.attention.q_lin.kernel[...]
-    table = model.distilbert.embeddings.position_embeddings.embedding
+    table = encoder.embeddings.position_embeddings.embedding
     positions, dim = table.shape
     angles = np.arange(positions)[:, None] / 10_000 ** (2 * np.arange(dim // 2) / dim)
     table[...] = 0.02 * jnp.asarray(np.concatenate((np.sin(angles), np.cos(angles)), axis=1))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -22,18 +23,18 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from eval import squad
 from eval.config import EvalConfig
-from flaxqa import answers, checkpoint, features, files, predict
-from flaxqa.answers import Answer
+from flaxqa import answers, files, reader
+from flaxqa.answers import Answer, Answers
 from flaxqa.errors import DataError, TryAgain
+from flaxqa.features import default_question_limit
+from flaxqa.reader import Reader, Spent
 
-QUESTIONS_PER_CHUNK = 1_024
-CHARACTERS_PER_CHUNK = 4_000_000  # so that a few huge contexts do not fill the memory
 DECODER = "squad"
 PACKAGES = ("flaxqa", "jax", "jaxlib", "flax", "numpy", "tokenizers", "safetensors")
 
@@ -59,32 +60,6 @@ class Silence:
         pass
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
-    """What came of one question: its answers best first, or why it was set aside."""
-
-    answers: list[Answer]
-    n_windows: int
-    question_cut: bool
-    error: str | None = None
-
-
-@dataclasses.dataclass
-class Spent:
-    """What a run, or a chunk of it, took: seconds of each stage, and counts."""
-
-    tokenize_seconds: float = 0.0
-    device_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    windows: int = 0
-    tokens: int = 0
-    computed_tokens: int = 0
-
-    def add(self, other: Spent) -> None:
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-
-
 def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Runs the evaluation, writes its files and returns the content of `metrics.json`.
 
@@ -94,32 +69,39 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
     """
     progress = progress or Silence()
     began = datetime.datetime.now(datetime.UTC)
-    features.question_limit(config.max_length, config.doc_stride)  # refuses a pair that cannot be
+    default_question_limit(config.max_length, config.doc_stride, config.windows)  # or refuses
     output = files.writable_directory(config.output)
     progress.stage("reading questions")
-    questions, data_source = read_data(config)
+    (questions, v2), data_source = read_data(config)
     progress.stage("loading the checkpoint")
-    predict.use_compilation_cache()
     loading = time.perf_counter()
-    loaded = checkpoint.load(config.model, revision=config.revision, dtype=config.dtype)
-    predictor = predict.Predictor(
-        loaded.model,
-        max_length=config.max_length,
-        batch_size=config.batch_size,
+    loaded = reader.load(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
         parallel=config.parallel,
         devices=config.devices,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        doc_stride=config.doc_stride,
+        windows=config.windows,
         matmul_precision=config.matmul_precision,
     )
+    checkpoint, predictor = loaded.checkpoint, loaded.predictor
     load_seconds = time.perf_counter() - loading
     run: dict[str, Any] = {
         "config": dataclasses.asdict(config),
         "model": {
-            "directory": str(loaded.directory),
-            "commit": loaded.commit,
-            "sha256": loaded.sha256(),
-            "ignored_tensors": dict(loaded.ignored),
+            "directory": str(checkpoint.directory),
+            "commit": checkpoint.commit,
+            "sha256": checkpoint.sha256(),
+            "ignored_tensors": dict(checkpoint.ignored),
         },
-        "data": {**data_source, "questions_sha256": squad.sha256(questions)},
+        "data": {
+            **data_source,
+            "version": squad.VERSION_2 if v2 else squad.VERSION,
+            "questions_sha256": squad.sha256(questions),
+        },
         "decoder": DECODER,
         "platform": {
             "backend": predictor.devices[0].platform,
@@ -141,12 +123,23 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
         rows, spent, resumed = partial.rows, partial.spent, len(partial.rows)
         progress.begin(len(questions))
         progress.advance(resumed, spent.windows)
-        for chunk in chunks(questions, resumed):
-            partial.append(*answer(chunk, loaded, predictor, config, progress))
+        left = questions[resumed:]  # which begins where a chunk does
+        for chunk in reader.chunks(left, size_of=lambda question: len(question.context)):
+            partial.append(*answer(chunk, loaded, config, progress))
     progress.stage("scoring")
     scoring = time.perf_counter()
-    scores = squad.score(questions, best_texts(questions, rows))
+    threshold = config.null_score_diff_threshold if v2 else None
+    predictions = best_texts(questions, rows, threshold)
+    scores = squad.score(questions, predictions, v2=v2)
     metrics = results(scores, rows, spent, config)
+    if v2:
+        metrics |= {
+            name: value for name, value in scores.by_answer().items() if name.startswith(("H", "N"))
+        }
+        spoken = best_texts(questions, rows, None)
+        metrics |= squad.best_thresholds(
+            squad.score(questions, spoken, v2=True), spoken, null_odds(questions, rows)
+        )
     metrics["score_seconds"] = time.perf_counter() - scoring
     metrics["compile_seconds"] = predictor.compile_seconds
     metrics["load_seconds"] = load_seconds
@@ -156,12 +149,12 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
     run["shapes"] = [list(shape) for shape in predictor.shapes]
     run["started"] = began.isoformat(timespec="seconds")
     run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write(output, questions, rows, scores, metrics, run)
+    write(output, questions, rows, predictions, scores, metrics, run, v2=v2)
     partial.path.unlink()
     return metrics
 
 
-def read_data(config: EvalConfig) -> tuple[list[squad.SquadExample], dict[str, Any]]:
+def read_data(config: EvalConfig) -> tuple[squad.Data, dict[str, Any]]:
     """The questions, cut to `limit`, and where they came from."""
     path = Path(config.data)
     source: dict[str, Any] = {"name": config.data}
@@ -170,17 +163,17 @@ def read_data(config: EvalConfig) -> tuple[list[squad.SquadExample], dict[str, A
     except OSError as error:  # a name too long, a folder that may not be entered
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if is_file:
-        questions = squad.read(path)
+        data = squad.read(path)
         source["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     elif is_there or path.suffix == ".json" or config.data.startswith((".", "/", "~")):
         raise DataError(f"{path} is {'not a file' if is_there else 'missing'}")
     else:
-        questions, commit = squad.read_hub(
+        data, commit = squad.read_hub(
             config.data, split=config.split, revision=config.data_revision
         )
         source |= {"split": config.split, "commit": commit}
-    source["questions"] = len(questions)
-    return questions[: config.limit], source
+    source["questions"] = len(data.questions)
+    return data._replace(questions=data.questions[: config.limit]), source
 
 
 def run_key(run: dict[str, Any]) -> str:
@@ -191,83 +184,26 @@ def run_key(run: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def chunks(
-    questions: Sequence[squad.SquadExample], begin: int
-) -> Iterator[list[squad.SquadExample]]:
-    """The questions from `begin`, a border, on, in pieces whose borders do not depend on it.
-
-    A piece has QUESTIONS_PER_CHUNK questions and those that follow on the same context, so that a
-    context is tokenized once; but it ends where it would have too many characters.
-    """
-    chunk: list[squad.SquadExample] = []
-    size = 0
-    for question in questions[begin:]:
-        size += len(question.context)
-        full = len(chunk) >= QUESTIONS_PER_CHUNK and question.context != chunk[-1].context
-        if chunk and (full or size > CHARACTERS_PER_CHUNK):
-            yield chunk
-            chunk, size = [], len(question.context)
-        chunk.append(question)
-    if chunk:
-        yield chunk
-
-
 def answer(
-    chunk: Sequence[squad.SquadExample],
-    loaded: checkpoint.Checkpoint,
-    predictor: predict.Predictor,
-    config: EvalConfig,
-    progress: Progress,
-) -> tuple[list[Row], Spent]:
-    """A row for every question of the chunk; what cannot be asked is set aside with the reason."""
-    reasons = [features.why_unanswerable(question) for question in chunk]
-    asked = [q for q, reason in zip(chunk, reasons, strict=True) if reason is None]
-    progress.advance(len(chunk) - len(asked), 0)
-    clock = [time.perf_counter()]
-    windows = features.make(
-        asked, loaded.tokenizer, max_length=config.max_length, doc_stride=config.doc_stride
-    )
-    clock.append(time.perf_counter())
-    compiled, computed = predictor.compile_seconds, predictor.computed_tokens
-    seen = 0
+    chunk: Sequence[squad.SquadExample], loaded: Reader, config: EvalConfig, progress: Progress
+) -> tuple[list[Answers], Spent]:
+    """The answers to every question of the chunk, or in `error` why it cannot be asked."""
+    shown = windows = 0
 
-    def advance(done: int) -> None:
+    def advance(done: int, total: int) -> None:
         # Windows come back sorted by length: questions are shown in proportion.
-        nonlocal seen
-        before, seen = seen, seen + done
-        share = [len(asked) * windows_done // len(windows) for windows_done in (before, seen)]
-        progress.advance(share[1] - share[0], done)
+        nonlocal shown, windows
+        windows += done
+        now = len(chunk) * windows // total
+        progress.advance(now - shown, done)
+        shown = now
 
-    logits = predictor.predict(windows, advance)
-    clock.append(time.perf_counter())
-    compiled = predictor.compile_seconds - compiled
-    bad = answers.non_finite(windows, logits)
-    finite = [index for index, window in enumerate(windows) if window.example not in bad]
-    decoded = answers.decode_squad(
-        asked,
-        [windows[index] for index in finite],
-        [logits[index] for index in finite],
-        n_best=config.n_best,
-        max_answer_length=config.max_answer_length,
+    decode = functools.partial(
+        answers.decode_squad, n_best=config.n_best, max_answer_length=config.max_answer_length
     )
-    clock.append(time.perf_counter())
-    counts, cuts = [0] * len(asked), [False] * len(asked)
-    for window in windows:
-        counts[window.example] += 1
-        cuts[window.example] = window.question_cut
-    answered = iter(
-        Row(found, count, cut, "the model's logits are not finite" if index in bad else None)
-        for index, (found, count, cut) in enumerate(zip(decoded, counts, cuts, strict=True))
-    )
-    rows = [next(answered) if reason is None else Row([], 0, False, reason) for reason in reasons]
-    return rows, Spent(
-        tokenize_seconds=clock[1] - clock[0],
-        device_seconds=clock[2] - clock[1] - compiled,
-        decode_seconds=clock[3] - clock[2],
-        windows=len(windows),
-        tokens=sum(map(len, windows)),
-        computed_tokens=predictor.computed_tokens - computed,
-    )
+    found, spent = loaded.answer_chunk(chunk, decode, advance)
+    progress.advance(len(chunk) - shown, 0)
+    return found, spent
 
 
 class Partial:
@@ -279,7 +215,7 @@ class Partial:
 
     def __init__(self, path: Path, key: str):
         self.path = path
-        self.rows: list[Row] = []
+        self.rows: list[Answers] = []
         self.spent = Spent()
         try:
             path.touch()
@@ -312,10 +248,7 @@ class Partial:
                     if content != {"run_key": key}:
                         break
                 else:
-                    rows = [
-                        Row([Answer(*fields) for fields in found], *rest)
-                        for found, *rest in content["rows"]
-                    ]
+                    rows = [from_fields(*fields) for fields in content["rows"]]
                     self.spent.add(Spent(**content["spent"]))
                     self.rows += rows
             except (ValueError, KeyError, TypeError):
@@ -323,12 +256,12 @@ class Partial:
             size += len(line)
         return size
 
-    def append(self, rows: Sequence[Row], spent: Spent) -> None:
+    def append(self, rows: Sequence[Answers], spent: Spent) -> None:
         """Keeps a chunk; when this returns it is on disk."""
         self.rows += rows
         self.spent.add(spent)
         content = {
-            "rows": [dataclasses.astuple(row) for row in rows],
+            "rows": [as_fields(row) for row in rows],
             "spent": dataclasses.asdict(spent),
         }
         try:
@@ -345,9 +278,25 @@ class Partial:
         self.file.close()
 
 
+def as_fields(row: Answers) -> tuple[Any, ...]:
+    """What is kept of the answers to a question."""
+    found = [dataclasses.astuple(one) for one in row]
+    return found, row.null_odds, row.n_windows, row.question_cut, row.error
+
+
+def from_fields(
+    found: list[Any], null_odds: float, n_windows: int, question_cut: bool, error: str | None
+) -> Answers:
+    """The answers that `as_fields` kept."""
+    row = Answers(Answer(*fields) for fields in found)
+    row.null_odds, row.n_windows = null_odds, n_windows
+    row.question_cut, row.error = question_cut, error
+    return row
+
+
 def results(
     scores: squad.Scores,
-    rows: Sequence[Row],
+    rows: Sequence[Answers],
     spent: Spent,
     config: EvalConfig,
 ) -> dict[str, Any]:
@@ -376,10 +325,28 @@ def results(
     }
 
 
-def best_texts(questions: Sequence[squad.SquadExample], rows: Sequence[Row]) -> dict[str, str]:
-    """The official predictions: {id: text}; "" where nothing counts, none for one set aside."""
+def best_texts(
+    questions: Sequence[squad.SquadExample], rows: Sequence[Answers], threshold: float | None
+) -> dict[str, str]:
+    """The official predictions: {id: text}, none for a question that was set aside.
+
+    The text is "" where nothing counts, or where the null odds are above the threshold.
+    """
+
+    def abstains(row: Answers) -> bool:
+        return threshold is not None and row.null_odds > threshold
+
     return {
-        question.id: row.answers[0].text if row.answers else ""
+        question.id: row[0].text if row and not abstains(row) else ""
+        for question, row in zip(questions, rows, strict=True)
+        if row.error is None
+    }
+
+
+def null_odds(questions: Sequence[squad.SquadExample], rows: Sequence[Answers]) -> dict[str, float]:
+    """{id: null odds}, as run_qa's null_odds.json; the largest float where there is no answer."""
+    return {
+        question.id: min(row.null_odds, sys.float_info.max)
         for question, row in zip(questions, rows, strict=True)
         if row.error is None
     }
@@ -388,33 +355,56 @@ def best_texts(questions: Sequence[squad.SquadExample], rows: Sequence[Row]) -> 
 def write(
     output: Path,
     questions: Sequence[squad.SquadExample],
-    rows: Sequence[Row],
+    rows: Sequence[Answers],
+    predictions: dict[str, str],
     scores: squad.Scores,
     metrics: dict[str, Any],
     run: dict[str, Any],
+    *,
+    v2: bool,
 ) -> None:
     """Writes every file whole; `run.json` last, an old one having been taken away first."""
     (output / "run.json").unlink(missing_ok=True)
-    nbest = {
-        question.id: [dataclasses.asdict(found) for found in row.answers]
-        for question, row in zip(questions, rows, strict=True)
-        if row.error is None
+    answered = {
+        question.id: row for question, row in zip(questions, rows, strict=True) if row.error is None
     }
+    nbest = {example_id: n_best(row) for example_id, row in answered.items()}
     errors = [
         {"id": question.id, "reason": row.error}
         for question, row in zip(questions, rows, strict=True)
         if row.error is not None
     ]
-    files.write_whole(output / "predictions.json", as_json(best_texts(questions, rows)))
+    files.write_whole(output / "predictions.json", as_json(predictions))
     files.write_whole(output / "nbest_predictions.json", as_json(nbest))
-    files.write_whole(output / "per_example.parquet", parquet(questions, rows, scores))
-    if errors:
-        lines = "".join(json.dumps(error) + "\n" for error in errors)
-        files.write_whole(output / "errors.jsonl", lines.encode())
-    else:
-        (output / "errors.jsonl").unlink(missing_ok=True)
+    table = parquet(questions, rows, predictions, scores)
+    files.write_whole(output / "per_example.parquet", table)
+    optional = {
+        "null_odds.json": as_json(null_odds(questions, rows)) if v2 else None,
+        "errors.jsonl": "".join(json.dumps(error) + "\n" for error in errors).encode() or None,
+    }
+    for name, content in optional.items():
+        if content is not None:
+            files.write_whole(output / name, content)
+        else:
+            (output / name).unlink(missing_ok=True)
     files.write_whole(output / "metrics.json", as_json(metrics))
     files.write_whole(output / "run.json", as_json(run))
+
+
+def n_best(row: Answers) -> list[dict[str, Any]]:
+    """The answers as in run_qa's nbest_predictions.json, with their characters besides."""
+    return [
+        {
+            "text": one.text,
+            "start": one.start,
+            "end": one.end,
+            "score": one.score,
+            "probability": probability,
+            "start_logit": one.start_logit,
+            "end_logit": one.end_logit,
+        }
+        for one, probability in zip(row, answers.probabilities(row), strict=True)
+    ]
 
 
 def as_json(content: Any) -> bytes:
@@ -422,29 +412,37 @@ def as_json(content: Any) -> bytes:
 
 
 def parquet(
-    questions: Sequence[squad.SquadExample], rows: Sequence[Row], scores: squad.Scores
+    questions: Sequence[squad.SquadExample],
+    rows: Sequence[Answers],
+    predictions: dict[str, str],
+    scores: squad.Scores,
 ) -> bytes:
     """One row a question, for looking at what went wrong and for comparing two runs."""
     import pyarrow
     import pyarrow.parquet
 
-    best = [row.answers[0] if row.answers else None for row in rows]
+    best = [n_best(row)[0] if row else {} for row in rows]
 
     def column(name: str) -> list[Any]:
-        return [None if found is None else getattr(found, name) for found in best]
+        return [found.get(name) for found in best]
 
     table = pyarrow.table(
         {
             "id": [question.id for question in questions],
             "question": [valid(question.question) for question in questions],
             "answers": [list(map(valid, question.answers)) for question in questions],
-            "prediction": pyarrow.array(column("text"), pyarrow.string()),
+            "prediction": pyarrow.array(
+                [predictions.get(question.id) for question in questions], pyarrow.string()
+            ),
             "start": pyarrow.array(column("start"), pyarrow.int64()),
             "end": pyarrow.array(column("end"), pyarrow.int64()),
             "score": pyarrow.array(column("score"), pyarrow.float64()),
             "probability": pyarrow.array(column("probability"), pyarrow.float64()),
             "start_logit": pyarrow.array(column("start_logit"), pyarrow.float64()),
             "end_logit": pyarrow.array(column("end_logit"), pyarrow.float64()),
+            "null_odds": pyarrow.array(
+                [None if row.error else row.null_odds for row in rows], pyarrow.float64()
+            ),
             "exact_match": scores.exact_matches,
             "f1": scores.f1s,
             "n_windows": pyarrow.array([row.n_windows for row in rows], pyarrow.int32()),

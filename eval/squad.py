@@ -1,9 +1,11 @@
-"""SQuAD v1.1: its files, and the official exact match and F1 with their quirks, per question.
+"""SQuAD v1.1 and 2.0: their files, and the official metrics with their quirks, per question.
 
-Source of the metric: evaluate-v1.1.py of Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250.
-Its quirks are kept, because published numbers have them: punctuation is deleted and not replaced by
-a space ("twenty-one" becomes "twentyone"), only ASCII punctuation is, and an empty prediction for
-the answer "the" has an exact match of 1 and an F1 of 0.
+Sources of the metrics: evaluate-v1.1.py of Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250,
+and evaluate-v2.0.py of Rajpurkar et al. 2018, https://arxiv.org/abs/1806.03822. Their quirks are
+kept, because published numbers have them: punctuation is deleted and not replaced by a space
+("twenty-one" becomes "twentyone"), and only ASCII punctuation is. In v1.1 an empty prediction for
+the answer "the" has an exact match of 1 and an F1 of 0; in 2.0 both are 1, and answers of which
+nothing is left do not count beside others.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,27 +26,37 @@ from flaxqa.errors import DataError, TryAgain, all_problems
 from flaxqa.features import Example
 
 VERSION = "1.1"
+VERSION_2 = "v2.0"
 RESAMPLES = 10_000
 SEED = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SquadExample(Example):
-    """A question with the answers that count as right, at least one."""
+    """A question with the answers that count as right; in SQuAD 2.0 there may be none."""
 
     answers: tuple[str, ...]
+
+
+class Data(NamedTuple):
+    """The questions of a data set, and whether they are scored as SQuAD 2.0."""
+
+    questions: list[SquadExample]
+    v2: bool
 
 
 # -------------------------------------------------------------------------------------- examples
 
 
-def read(path: str | Path) -> list[SquadExample]:
-    """The questions of a SQuAD v1.1 JSON file, in its order.
+def read(path: str | Path) -> Data:
+    """The questions of a SQuAD v1.1 or 2.0 JSON file, in its order.
+
+    It is taken as 2.0 if its version says so, or if a question says whether it `is_impossible`.
 
     Raises:
       DataError: the file cannot be read, is not such a file, or has an id twice; names every place.
     """
-    return list(examples(read_json(path), str(path)))
+    return parse(read_json(path), str(path))
 
 
 def read_json(path: str | Path) -> Any:
@@ -63,9 +75,12 @@ def read_json(path: str | Path) -> Any:
         raise DataError(f"{path} is not JSON: {error}") from error
 
 
-def examples(content: Any, where: str) -> Iterator[SquadExample]:
+def parse(content: Any, where: str) -> Data:
     """The questions of a parsed SQuAD file; see `read`."""
+    version = content.get("version") if isinstance(content, dict) else None
+    v2 = isinstance(version, str) and version.removeprefix("v").startswith("2")
     problems: list[str] = []
+    no_answer = set()  # of the problems, those that are none in SQuAD 2.0
     places: dict[str, str] = {}
     found = []
 
@@ -92,22 +107,27 @@ def examples(content: Any, where: str) -> Iterator[SquadExample]:
                     field(gold, "text", str, f"{at}answers[{n}].")
                     for n, gold in enumerate(field(qa, "answers", list, at))
                 ]
+                v2 |= isinstance(qa, dict) and "is_impossible" in qa
                 if not golds:
                     problems.append(
                         f"{at}answers is empty: a question without an answer (as in SQuAD 2.0) "
                         "has no v1.1 score"
                     )
+                    no_answer.add(problems[-1])
                 if not is_unicode(example_id):
                     problems.append(f"{at}id {example_id!a} has a lone surrogate")
                 if example_id in places:
                     problems.append(f"{at}id {example_id!r} is also that of {places[example_id]}")
                 places[example_id] = at.rstrip(".")
                 found.append(SquadExample(example_id, question, context, tuple(golds)))
+    if v2:
+        problems = [problem for problem in problems if problem not in no_answer]
     if not found and not problems:
         problems.append("data holds no question")
     if problems:
-        raise DataError(all_problems(f"{where} is not a SQuAD v1.1 file", problems))
-    yield from found
+        kind = "2.0" if v2 else "v1.1"
+        raise DataError(all_problems(f"{where} is not a SQuAD {kind} file", problems))
+    return Data(found, v2)
 
 
 def is_unicode(text: str) -> bool:
@@ -121,8 +141,10 @@ def is_unicode(text: str) -> bool:
 
 def read_hub(
     name: str, *, split: str = "validation", revision: str | None = None
-) -> tuple[list[SquadExample], str | None]:
+) -> tuple[Data, str | None]:
     """The questions of a hub data set in SQuAD's columns, and the commit they were read at.
+
+    It is taken as SQuAD 2.0 if a question has no answer.
 
     Raises:
       DataError: the data set has other columns or an id twice.
@@ -154,9 +176,10 @@ def read_hub(
         }
         for row in rows
     ]
-    content = {"data": [{"paragraphs": paragraphs}]}
+    v2 = any(not row["answers"]["text"] for row in rows)
+    content = {"version": VERSION_2 if v2 else VERSION, "data": [{"paragraphs": paragraphs}]}
     commits = re.findall(r"@([0-9a-f]{40})/", " ".join(rows.info.download_checksums or ()))
-    return list(examples(content, name)), commits[0] if commits else None
+    return parse(content, name), commits[0] if commits else None
 
 
 def sha256(questions: Iterable[SquadExample]) -> str:
@@ -174,16 +197,29 @@ def read_predictions(path: str | Path) -> dict[str, str]:
     Raises:
       DataError: it cannot be read or has another form; names every entry.
     """
+    return read_object(path, "text", str)
+
+
+def read_na_probs(path: str | Path) -> dict[str, float]:
+    """A file of how likely each question has no answer, {id: number}; a higher number is likelier.
+
+    Raises:
+      DataError: it cannot be read or has another form; names every entry.
+    """
+    return {key: float(value) for key, value in read_object(path, "number", (int, float)).items()}
+
+
+def read_object(path: str | Path, what: str, kinds: type | tuple[type, ...]) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise DataError(f"{path} must be a JSON object of id to text")
+        raise DataError(f"{path} must be a JSON object of id to {what}")
     problems = [
-        f"{example_id!r} is {type(text).__name__}, not a string"
-        for example_id, text in content.items()
-        if not isinstance(text, str)
+        f"{example_id!r} is {type(value).__name__}, not a {what}"
+        for example_id, value in content.items()
+        if not isinstance(value, kinds) or isinstance(value, bool) or value != value
     ]
     if problems:
-        raise DataError(all_problems(f"{path} is not a predictions file", problems))
+        raise DataError(all_problems(f"{path} has not a {what} for each id", problems))
     return content
 
 
@@ -205,9 +241,14 @@ def exact_match(prediction: str, answer: str) -> bool:
     return normalize_answer(prediction) == normalize_answer(answer)
 
 
-def f1(prediction: str, answer: str) -> float:
-    """The harmonic mean of precision and recall over words, in [0, 1], after `normalize_answer`."""
+def f1(prediction: str, answer: str, *, v2: bool = False) -> float:
+    """The harmonic mean of precision and recall over words, in [0, 1], after `normalize_answer`.
+
+    Where one of them has no words it is 0; in SQuAD 2.0 it is 1 if neither has.
+    """
     predicted, right = normalize_answer(prediction).split(), normalize_answer(answer).split()
+    if v2 and not (predicted and right):
+        return float(predicted == right)
     shared = sum((collections.Counter(predicted) & collections.Counter(right)).values())
     if not shared:
         return 0.0
@@ -224,12 +265,14 @@ class Scores:
       exact_matches: bool [questions].
       f1s: float64 [questions], in [0, 1].
       unanswered: the ids without a prediction; their scores are 0 and they count in the total.
+      has_answer: bool [questions], whether it has a right answer; in v1.1 each has.
     """
 
     ids: tuple[str, ...]
     exact_matches: np.ndarray
     f1s: np.ndarray
     unanswered: tuple[str, ...]
+    has_answer: np.ndarray
 
     @property
     def exact_match(self) -> float:
@@ -241,6 +284,33 @@ class Scores:
         """The mean over all questions, in percent."""
         # Added in the questions' order, as the official script does: the same last digit.
         return 100.0 * sum(self.f1s.tolist()) / len(self.ids)
+
+    def by_answer(self) -> dict[str, float]:
+        """The official numbers of SQuAD 2.0 under their names, of all questions and of each kind.
+
+        A kind of which there is no question is left out.
+        """
+        kinds = {"": np.ones_like(self.has_answer), "HasAns_": self.has_answer,
+                 "NoAns_": ~self.has_answer}  # fmt: skip
+        return {
+            prefix + name: value
+            for prefix, chosen in kinds.items()
+            if (n := int(chosen.sum()))
+            for name, value in (
+                ("exact", 100.0 * float(self.exact_matches[chosen].sum()) / n),
+                ("f1", 100.0 * sum(self.f1s[chosen].tolist()) / n),
+                ("total", n),
+            )
+        }
+
+    def with_no_answer(self, na_probs: Mapping[str, float], threshold: float) -> Scores:
+        """The scores when every question whose number is above the threshold is left unanswered."""
+        left = np.array([na_probs.get(each, -np.inf) > threshold for each in self.ids])
+        return dataclasses.replace(
+            self,
+            exact_matches=np.where(left, ~self.has_answer, self.exact_matches),
+            f1s=np.where(left, (~self.has_answer).astype(float), self.f1s),
+        )
 
     def intervals(
         self, *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = SEED
@@ -266,8 +336,16 @@ class Scores:
         }
 
 
-def score(questions: Sequence[SquadExample], predictions: Mapping[str, str]) -> Scores:
-    """Scores predictions as the official script does; ids that no question has are ignored."""
+def score(
+    questions: Sequence[SquadExample], predictions: Mapping[str, str], *, v2: bool = False
+) -> Scores:
+    """Scores predictions as the official script does; ids that no question has are ignored.
+
+    Args:
+      questions: with their right answers.
+      predictions: {id: text}; "" is right for a question without an answer.
+      v2: whether by the rules of SQuAD 2.0.
+    """
     exact_matches = np.zeros(len(questions), np.bool_)
     f1s = np.zeros(len(questions))
     unanswered = []
@@ -276,7 +354,45 @@ def score(questions: Sequence[SquadExample], predictions: Mapping[str, str]) -> 
         if prediction is None:
             unanswered.append(question.id)
             continue
-        exact_matches[index] = any(exact_match(prediction, gold) for gold in question.answers)
-        f1s[index] = max(f1(prediction, gold) for gold in question.answers)
+        golds: Sequence[str] = question.answers
+        if v2:
+            golds = [gold for gold in golds if normalize_answer(gold)] or [""]
+        exact_matches[index] = any(exact_match(prediction, gold) for gold in golds)
+        f1s[index] = max(f1(prediction, gold, v2=v2) for gold in golds)
     ids = tuple(question.id for question in questions)
-    return Scores(ids, exact_matches, f1s, tuple(unanswered))
+    has_answer = np.array([bool(question.answers) for question in questions])
+    return Scores(ids, exact_matches, f1s, tuple(unanswered), has_answer)
+
+
+def best_thresholds(
+    scores: Scores, predictions: Mapping[str, str], na_probs: Mapping[str, float]
+) -> dict[str, float]:
+    """The highest exact match and F1 that leaving questions unanswered can give, and from where on.
+
+    Questions are answered one after the other from the lowest number on; `best_exact_thresh` is the
+    number of the last one that is answered when the score is highest, 0 if none is. As the official
+    script's `find_best_thresh` does; questions without a prediction never count as right.
+
+    Args:
+      scores: of the predictions, none left unanswered for its number.
+      predictions: {id: text}.
+      na_probs: {id: number}, for every prediction.
+    """
+    row = {example_id: index for index, example_id in enumerate(scores.ids)}
+    ranked = [each for each in sorted(na_probs, key=lambda each: na_probs[each]) if each in row]
+    ranked = [each for each in ranked if each in predictions]
+    found = {}
+    for name, values in (("exact", scores.exact_matches.astype(float)), ("f1", scores.f1s)):
+        current = best = float(sum(not scores.has_answer[row[each]] for each in ranked))
+        threshold = 0.0
+        for example_id in ranked:
+            index = row[example_id]
+            if scores.has_answer[index]:
+                current += float(values[index])
+            elif predictions[example_id]:
+                current -= 1
+            if current > best:
+                best, threshold = current, na_probs[example_id]
+        found[f"best_{name}"] = 100.0 * best / len(scores.ids)
+        found[f"best_{name}_thresh"] = threshold
+    return found

@@ -9,24 +9,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flaxqa.answers import Answer
+    from flaxqa.answers import Answer, Answers
     from flaxqa.features import Example
-    from flaxqa.model import DistilBertConfig, DistilBertForQuestionAnswering
+    from flaxqa.model import (
+        BertConfig,
+        BertForQuestionAnswering,
+        DistilBertConfig,
+        DistilBertForQuestionAnswering,
+    )
+    from flaxqa.pipelines import pipeline
+    from flaxqa.reader import Reader, load
 
 __version__ = "0.1.0"
 __all__ = [
     "Answer",
+    "Answers",
+    "BertConfig",
+    "BertForQuestionAnswering",
     "DistilBertConfig",
     "DistilBertForQuestionAnswering",
     "Example",
+    "Reader",
     "__version__",
+    "load",
+    "pipeline",
 ]
 
 MODULES = {
     "Answer": "flaxqa.answers",
-    "Example": "flaxqa.features",
+    "Answers": "flaxqa.answers",
+    "BertConfig": "flaxqa.model",
+    "BertForQuestionAnswering": "flaxqa.model",
     "DistilBertConfig": "flaxqa.model",
     "DistilBertForQuestionAnswering": "flaxqa.model",
+    "Example": "flaxqa.features",
+    "Reader": "flaxqa.reader",
+    "load": "flaxqa.reader",
+    "pipeline": "flaxqa.pipelines",
 }
 
 

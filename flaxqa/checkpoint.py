@@ -24,10 +24,25 @@ from jax.typing import DTypeLike
 
 from flaxqa import files, weights
 from flaxqa.errors import ModelRejected, TryAgain, UsageError, all_problems
-from flaxqa.model import DistilBertConfig, DistilBertForQuestionAnswering
+from flaxqa.model import MODELS, EncoderConfig, QuestionAnsweringModel, read_config
 
 # PyTorch calls the array of every kind of layer `weight`; Flax names it by the kind.
 TORCH_NAME = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+# What a checkpoint of the type calls the modules that DistilBERT calls otherwise.
+MODULE_NAMES = {
+    "distilbert": {},
+    "bert": {
+        "transformer.layer": "encoder.layer",
+        "attention.q_lin": "attention.self.query",
+        "attention.k_lin": "attention.self.key",
+        "attention.v_lin": "attention.self.value",
+        "attention.out_lin": "attention.output.dense",
+        "sa_layer_norm": "attention.output.LayerNorm",
+        "ffn.lin1": "intermediate.dense",
+        "ffn.lin2": "output.dense",
+        "output_layer_norm": "output.LayerNorm",
+    },
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 JSON_LIMIT = 64 << 20  # bytes; bert-base-uncased's tokenizer.json has 0.7 MB
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -45,8 +60,8 @@ class Checkpoint:
       ignored: tensors that were left out on purpose, each with the reason.
     """
 
-    model: DistilBertForQuestionAnswering
-    config: DistilBertConfig
+    model: QuestionAnsweringModel
+    config: EncoderConfig
     tokenizer: tokenizers.Tokenizer
     directory: Path
     commit: str | None
@@ -88,7 +103,7 @@ def load(
 def load_directory(directory: Path, commit: str | None, dtype: DTypeLike) -> Checkpoint:
     content = read_json(directory, "config.json")
     try:
-        config = DistilBertConfig.from_dict(content)
+        config = read_config(content)
     except ModelRejected as error:
         raise ModelRejected(f"{directory / 'config.json'}: {error}") from error
     tokenizer, tokenizer_files = load_tokenizer(directory)
@@ -272,7 +287,7 @@ def bert_tokenizer(vocab: Mapping[str, int], *, lowercase: bool) -> tokenizers.T
     return tokenizer
 
 
-def tokenizer_problems(tokenizer: tokenizers.Tokenizer, config: DistilBertConfig) -> list[str]:
+def tokenizer_problems(tokenizer: tokenizers.Tokenizer, config: EncoderConfig) -> list[str]:
     """What would make the tokenizer's ids mean something else to the model; empty when all is well.
 
     An id past the embedding table is no error to a device: it reads NaN or the last row.
@@ -305,15 +320,18 @@ def tokenizer_problems(tokenizer: tokenizers.Tokenizer, config: DistilBertConfig
 # ----------------------------------------------------------------------------------------- tensors
 
 
-def torch_key(path: tuple[Any, ...]) -> str:
-    """('qa_outputs', 'kernel') -> 'qa_outputs.weight'."""
+def torch_key(path: tuple[Any, ...], model_type: str) -> str:
+    """('qa_outputs', 'kernel') -> 'qa_outputs.weight', with the names of the type's checkpoints."""
     *module, leaf = path
-    return ".".join(map(str, (*module, TORCH_NAME[leaf])))
+    name = ".".join(map(str, (*module, TORCH_NAME[leaf])))
+    for ours, theirs in MODULE_NAMES[model_type].items():
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    return name
 
 
 def from_tensors(
-    tensors: Mapping[str, np.ndarray], config: DistilBertConfig, *, dtype: DTypeLike = "float32"
-) -> tuple[DistilBertForQuestionAnswering, dict[str, str]]:
+    tensors: Mapping[str, np.ndarray], config: EncoderConfig, *, dtype: DTypeLike = "float32"
+) -> tuple[QuestionAnsweringModel, dict[str, str]]:
     """The model with these tensors cast to `dtype`, and the ones left out with the reason.
 
     Args:
@@ -327,7 +345,10 @@ def from_tensors(
     """
     dtype = checked_dtype(dtype)
     wanted = shapes(config)
-    extra = {name: harmless(name, tensors[name]) for name in tensors.keys() - wanted.keys()}
+    extra = {
+        name: harmless(name, tensors[name], config.model_type)
+        for name in tensors.keys() - wanted.keys()
+    }
     problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name, reason in sorted(extra.items()) if not reason]
     arrays = {}
@@ -352,7 +373,7 @@ def from_tensors(
     graphdef, state = nnx.split(abstract(config, dtype))
     loaded = []
     for path, param in nnx.to_flat_state(state):
-        array = arrays.pop(torch_key(path))
+        array = arrays.pop(torch_key(path, config.model_type))
         # torch keeps a Linear as [out, in]
         loaded.append(
             (path, param.replace(jnp.asarray(array.T if path[-1] == "kernel" else array)))
@@ -361,14 +382,12 @@ def from_tensors(
     return nnx.merge(graphdef, nnx.from_flat_state(loaded)), ignored
 
 
-def abstract(config: DistilBertConfig, dtype: DTypeLike) -> DistilBertForQuestionAnswering:
+def abstract(config: EncoderConfig, dtype: DTypeLike) -> QuestionAnsweringModel:
     """The model with shapes and without arrays."""
-    return nnx.eval_shape(
-        lambda: DistilBertForQuestionAnswering(config, dtype=dtype, rngs=nnx.Rngs(0))
-    )
+    return nnx.eval_shape(lambda: MODELS[type(config)](config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def shapes(config: DistilBertConfig) -> dict[str, tuple[int, ...]]:
+def shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of such a checkpoint, in PyTorch's layout, by name.
 
     From a model of one layer: even an abstract one of as many layers as a config can promise would
@@ -377,7 +396,7 @@ def shapes(config: DistilBertConfig) -> dict[str, tuple[int, ...]]:
     one_layer = abstract(dataclasses.replace(config, n_layers=1), "float32")
     found = {}
     for path, param in nnx.to_flat_state(nnx.state(one_layer)):
-        name, shape = torch_key(path), tuple(param.shape)
+        name, shape = torch_key(path, config.model_type), tuple(param.shape)
         if path[-1] == "kernel":
             shape = shape[::-1]
         for layer in range(config.n_layers if ".layer.0." in name else 1):
@@ -385,17 +404,19 @@ def shapes(config: DistilBertConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def harmless(name: str, tensor: np.ndarray) -> str | None:
+def harmless(name: str, tensor: np.ndarray, model_type: str) -> str | None:
     """Why a tensor that the model has no place for changes no logit, or None."""
-    if name == "distilbert.embeddings.position_ids" and np.array_equal(
+    if name == f"{model_type}.embeddings.position_ids" and np.array_equal(
         tensor.reshape(-1), np.arange(tensor.size)
     ):
         return "the positions 0, 1, 2, ... as a buffer, as transformers before 4.31 stored them"
+    if name in ("bert.pooler.dense.weight", "bert.pooler.dense.bias") and model_type == "bert":
+        return "the pooler, for classifying whole texts: question answering does not use it"
     return None
 
 
 def save(
-    model: DistilBertForQuestionAnswering,
+    model: QuestionAnsweringModel,
     directory: str | Path,
     *,
     tokenizer: tokenizers.Tokenizer | None = None,
@@ -410,11 +431,11 @@ def save(
     tensors = {}
     for path, param in nnx.to_flat_state(nnx.state(model)):
         array = np.asarray(param[...])
-        tensors[torch_key(path)] = np.ascontiguousarray(array.T if path[-1] == "kernel" else array)
+        name = torch_key(path, model.config.model_type)
+        tensors[name] = np.ascontiguousarray(array.T if path[-1] == "kernel" else array)
     config = {
-        "architectures": ["DistilBertForQuestionAnswering"],
-        "model_type": "distilbert",
-        **dataclasses.asdict(model.config),
+        "architectures": [type(model).__name__],
+        **model.config.to_dict(),
         "dtype": tensors["qa_outputs.weight"].dtype.name,
     }
     serialized = safetensors.numpy.save(tensors, {"format": "pt"})
@@ -425,7 +446,8 @@ def save(
     if tokenizer is not None:
         normalizer = json.loads(tokenizer.to_str())["normalizer"]
         settings = {
-            "tokenizer_class": "DistilBertTokenizer",
+            "tokenizer_class": type(model).__name__.removesuffix("ForQuestionAnswering")
+            + "Tokenizer",
             "do_lower_case": normalizer["lowercase"],
             "model_max_length": model.config.max_position_embeddings,
         }

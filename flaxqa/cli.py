@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import tyro
 
 from eval.config import PATHS, EvalConfig, read_toml
-from flaxqa.errors import FlaxqaError, GateNotMet, ModelRejected, UsageError
+from flaxqa.errors import DataError, FlaxqaError, GateNotMet, UsageError
 
 if TYPE_CHECKING:
     from flaxqa.answers import Answer
 
 SET_ASIDE = 3
-HELP = """Extractive question answering with DistilBERT on JAX, and the harness that measures it.
+HELP = """Extractive question answering with DistilBERT and BERT on JAX, and the harness that
+measures it.
 
   flaxqa ask --model MODEL --question "Who?" --context "I am Bob."
   flaxqa eval --config configs/quickstart.toml
@@ -64,7 +65,20 @@ class Ask:
     """How many answers to give, best first."""
 
     max_answer_length: int = 30
-    """Tokens of the longest answer."""
+    """Tokens of the longest answer, before it is widened to whole words."""
+
+    align_to_words: bool = True
+    """Whether an answer is widened to whole words."""
+
+    overlapping: bool = False
+    """Whether an answer may share characters with a better one."""
+
+    min_score: float = 0.0
+    """Leave out answers with a lower score."""
+
+    no_answer_threshold: float | None = None
+    """Give no answer where the score of "no answer" is above this, from 0 to 1. For models that
+    were trained on unanswerable questions, as those of SQuAD 2.0; 0.5 is the usual rule."""
 
     max_length: int | None = None
     """Tokens of a window; 384, or the checkpoint's positions if those are fewer."""
@@ -81,16 +95,24 @@ class Ask:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Score a predictions file as the official SQuAD v1.1 script does.
+    """Score a predictions file as the official SQuAD script does.
 
-    Prints one JSON line, {"exact_match": ..., "f1": ...} in percent. Warnings go to stderr.
+    Prints one JSON line in percent. For v1.1 data it is {"exact_match": ..., "f1": ...}; for SQuAD
+    2.0, exact and f1 of all questions, of those with an answer (HasAns) and of those without
+    (NoAns), and with --na-prob-file the best thresholds. Warnings go to stderr.
     """
 
     data: tyro.conf.Positional[Path]
-    """SQuAD v1.1 JSON file."""
+    """SQuAD v1.1 or 2.0 JSON file."""
 
     predictions: tyro.conf.Positional[Path]
-    """JSON object of question id to answer text."""
+    """JSON object of question id to answer text; "" for no answer."""
+
+    na_prob_file: Path | None = None
+    """SQuAD 2.0: JSON object of question id to how likely it has no answer, as null_odds.json."""
+
+    na_prob_thresh: float = 1.0
+    """SQuAD 2.0: a question counts as left unanswered where that number is above."""
 
     intervals: bool = False
     """Also give 95 % bootstrap intervals and the number of questions."""
@@ -98,11 +120,11 @@ class Score:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Score a checkpoint on SQuAD v1.1: exact match, F1 and throughput.
+    """Score a checkpoint on SQuAD v1.1 or 2.0: exact match, F1 and throughput.
 
     Writes predictions.json, nbest_predictions.json, per_example.parquet, metrics.json and run.json
-    into --output. A run that was stopped goes on when the same command is given again. Piped, the
-    content of metrics.json is printed as one JSON line.
+    into --output, and null_odds.json for SQuAD 2.0. A run that was stopped goes on when the same
+    command is given again. Piped, the content of metrics.json is printed as one JSON line.
     """
 
     config: Path | None = None
@@ -188,51 +210,53 @@ def option(argv: list[str], name: str) -> str | None:
 
 
 def ask(command: Ask) -> int:
-    from flaxqa import answers, checkpoint, features, predict
+    from flaxqa import features, reader
 
-    for name in ("top_k", "max_answer_length"):
-        if getattr(command, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
-    example = features.Example("question", command.question, read_context(command))
+    context = read_context(command)
+    example = features.Example("question", command.question, context)
     if (reason := features.why_unanswerable(example)) is not None:
         raise UsageError(reason)
-    predict.use_compilation_cache()
-    loaded = checkpoint.load(command.model, revision=command.revision, dtype=command.dtype)
-    max_length, doc_stride = command.max_length, command.doc_stride
-    if max_length is None:
-        max_length = min(384, loaded.config.max_position_embeddings)
-    if doc_stride is None:
-        doc_stride = min(128, max_length // 2)
-    predictor = predict.Predictor(loaded.model, max_length=max_length, devices=1)
-    windows = features.make(
-        [example], loaded.tokenizer, max_length=max_length, doc_stride=doc_stride
+    loaded = reader.load(
+        command.model,
+        revision=command.revision,
+        dtype=command.dtype,
+        devices=1,
+        max_length=command.max_length,
+        doc_stride=command.doc_stride,
     )
-    if windows[0].question_cut:
-        limit = features.question_limit(max_length, doc_stride)
-        print(f"flaxqa: the question was cut to its first {limit} tokens", file=sys.stderr)
-    logits = predictor.predict(windows)
-    if answers.non_finite(windows, logits):
-        raise ModelRejected(f"{command.model} gives logits that are not finite in {command.dtype}")
-    (found,) = answers.decode_squad(
-        [example],
-        windows,
-        logits,
-        n_best=max(command.top_k, answers.N_BEST),
+    found = loaded.answer(
+        command.question,
+        context,
+        top_k=command.top_k,
         max_answer_length=command.max_answer_length,
+        align_to_words=command.align_to_words,
+        overlapping=command.overlapping,
+        min_score=command.min_score,
+        no_answer_threshold=command.no_answer_threshold,
     )
-    found = found[: command.top_k]
+    if found.question_cut:
+        limit = features.question_limit(loaded.max_length, loaded.doc_stride)
+        print(f"flaxqa: the question was cut to its first {limit} tokens", file=sys.stderr)
     if command.json or not sys.stdout.isatty():
         result = {
             "question": command.question,
-            "answers": [dataclasses.asdict(one) for one in found],
-            "decoder": "squad",
-            "n_windows": len(windows),
+            "answers": [
+                {
+                    name: value
+                    for name, value in dataclasses.asdict(one).items()
+                    if name != "context"
+                }
+                for one in found
+            ],
+            "no_answer_score": found.no_answer_score,
+            "decoder": "spans",
+            "n_windows": found.n_windows,
             "model": command.model,
-            "commit": loaded.commit,
+            "commit": loaded.checkpoint.commit,
         }
         print(json.dumps(result))
     else:
-        show(example.context, found, len(windows))
+        show(context, found, found.n_windows)
     return 0
 
 
@@ -315,6 +339,19 @@ def summary(metrics: dict[str, Any], output: str) -> None:
         stages,
         f"results in {output}",
     ]
+    if "best_f1" in metrics:
+        kinds = [
+            f"{kind}: EM {metrics[f'{kind}_exact']:.2f}, F1 {metrics[f'{kind}_f1']:.2f} "
+            f"({metrics[f'{kind}_total']:,})"
+            for kind in ("HasAns", "NoAns")
+            if f"{kind}_f1" in metrics
+        ]
+        lines.insert(1, "   ".join(kinds))
+        lines.insert(
+            2,
+            f"best EM {metrics['best_exact']:.2f} at null odds {metrics['best_exact_thresh']:.3f}, "
+            f"best F1 {metrics['best_f1']:.2f} at {metrics['best_f1_thresh']:.3f}",
+        )
     if metrics["set_aside"]:
         lines.insert(
             1, f"{metrics['set_aside']} questions set aside, see errors.jsonl; they score 0"
@@ -326,15 +363,30 @@ def score(command: Score) -> int:
     from eval import squad
 
     content = squad.read_json(command.data)
-    questions = list(squad.examples(content, str(command.data)))
-    if (version := content.get("version")) != squad.VERSION:
+    questions, v2 = squad.parse(content, str(command.data))
+    if not v2 and (version := content.get("version")) != squad.VERSION:
         print(
             f"flaxqa: expected version {squad.VERSION}, the data say {version!r}", file=sys.stderr
         )
-    scores = squad.score(questions, squad.read_predictions(command.predictions))
+    if not v2 and command.na_prob_file is not None:
+        raise UsageError(f"--na-prob-file is for SQuAD 2.0, which {command.data} is not")
+    predictions = squad.read_predictions(command.predictions)
+    scores = squad.score(questions, predictions, v2=v2)
     for example_id in scores.unanswered:
         print(f"Unanswered question {example_id} will receive score 0.", file=sys.stderr)
     result: dict[str, Any] = {"exact_match": scores.exact_match, "f1": scores.f1}
+    if v2:
+        best = {}
+        if command.na_prob_file is not None:
+            na_probs = squad.read_na_probs(command.na_prob_file)
+            if missing := [each for each in predictions if each not in na_probs]:
+                raise DataError(
+                    f"{command.na_prob_file} has no number for {len(missing)} predictions, the "
+                    f"first of them {missing[0]!r}"
+                )
+            best = squad.best_thresholds(scores, predictions, na_probs)
+            scores = scores.with_no_answer(na_probs, command.na_prob_thresh)
+        result = {**scores.by_answer(), **best}
     if command.intervals:
         for name, interval in scores.intervals().items():
             result[f"{name}_interval"] = interval

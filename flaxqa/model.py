@@ -1,15 +1,17 @@
-"""DistilBERT for extractive question answering, in Flax NNX.
+"""DistilBERT and BERT for extractive question answering, in Flax NNX: one encoder.
 
 Axes: B rows of the batch, T tokens of a row (S where it is the key side), D `dim`, F `hidden_dim`,
-N `n_heads`, H = D / N, V `vocab_size`. Attributes carry the names of the Hugging Face checkpoint,
-so `checkpoint.py` maps weights with four leaf names and one transpose.
+N `n_heads`, H = D / N, V `vocab_size`. Attributes carry the names of a DistilBERT checkpoint, so
+`checkpoint.py` maps its weights with four leaf names and one transpose. BERT is the same
+computation with segment embeddings added; its checkpoints call the same things otherwise.
 
 Numbers: weights and the operands of every matrix product have the dtype of construction; products
 accumulate, and norms, softmax, residuals and logits are kept, in float32 (float64 for float64).
 A float16 model therefore overflows only where one operand does.
 
-Source: Sanh et al. 2019, https://arxiv.org/abs/1910.01108; checked against
-`transformers.DistilBertForQuestionAnswering` in tests/test_model.py.
+Sources: Devlin et al. 2018, https://arxiv.org/abs/1810.04805; Sanh et al. 2019,
+https://arxiv.org/abs/1910.01108; checked against transformers' `BertForQuestionAnswering` and
+`DistilBertForQuestionAnswering` in tests/test_model.py.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from flaxqa.errors import ModelRejected, all_problems
 
 TokenIds = Int[Array | np.ndarray, "B T"]
 TokenMask = Int[Array | np.ndarray, "B T"]  # 1 for a token, 0 for padding
+TokenTypes = Int[Array | np.ndarray, "B T"]  # 0 for [CLS] question [SEP], 1 for context [SEP]
 Hidden = Float[Array, "B T D"]
 Logits = Float[Array, "B T"]
 Weights = Float[Array, "B N T S"]
@@ -51,8 +54,13 @@ LIMITS = {  # generous, and small enough that building the abstract model stays 
 
 
 @dataclasses.dataclass(frozen=True)
-class DistilBertConfig:
-    """The fields of a checkpoint's `config.json` that decide its logits, under the same names."""
+class EncoderConfig:
+    """What decides the logits: the fields of both kinds of checkpoint, under DistilBERT's names.
+
+    Attributes:
+      type_vocab_size: rows of the segment embeddings, 0 without them.
+      layer_norm_eps: what is added to the variance.
+    """
 
     vocab_size: int
     max_position_embeddings: int
@@ -62,54 +70,139 @@ class DistilBertConfig:
     hidden_dim: int
     activation: str = "gelu"
     pad_token_id: int = 0
+    type_vocab_size: int = 0
+    layer_norm_eps: float = LAYER_NORM_EPS
+
+    model_type: ClassVar[str]
+    # What `config.json` calls each field that it may set.
+    NAMES: ClassVar[Mapping[str, str]]
+    # Other fields of `config.json` that change the logits, with the values that are computed.
+    COMPUTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "pruned_heads": (None, {}),
+        "quantization_config": (None, {}),
+    }
 
     def __post_init__(self) -> None:
         problems = []
+        called = {field.name: field.name for field in dataclasses.fields(self)} | dict(self.NAMES)
         for name, limit in LIMITS.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
-                problems.append(f"{name} is {value!r}, it must be an integer from 1 to {limit:,}")
+                problems.append(
+                    f"{called[name]} is {value!r}, it must be an integer from 1 to {limit:,}"
+                )
         if not problems and self.dim % self.n_heads:
-            problems.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+            problems.append(
+                f"{called['dim']} {self.dim} is not a multiple of {called['n_heads']} "
+                f"{self.n_heads}"
+            )
         if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             known = " or ".join(map(repr, ACTIVATIONS))
-            problems.append(f"activation is {self.activation!r}, only {known} is computed")
+            problems.append(
+                f"{called['activation']} is {self.activation!r}, only {known} is computed"
+            )
         if not problems and not (
             type(self.pad_token_id) is int and 0 <= self.pad_token_id < self.vocab_size
         ):
             problems.append(f"pad_token_id is {self.pad_token_id!r}, not an id of the vocabulary")
+        types = (2, 1_024) if "type_vocab_size" in self.NAMES else (0, 0)
+        if type(self.type_vocab_size) is not int or not (
+            types[0] <= self.type_vocab_size <= types[1]
+        ):
+            problems.append(
+                f"type_vocab_size is {self.type_vocab_size!r}, it must be an integer from "
+                f"{types[0]} to {types[1]:,}"
+            )
+        if type(self.layer_norm_eps) is not float or not 0 < self.layer_norm_eps < 1:
+            problems.append(
+                f"layer_norm_eps is {self.layer_norm_eps!r}, it must be a number between 0 and 1"
+            )
         if problems:
             raise ModelRejected(all_problems("the config cannot be used", problems))
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> DistilBertConfig:
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """The fields above out of a whole `config.json`; its other fields change no logit.
 
         Raises:
           ModelRejected: a field is missing or out of range, or the model is one that this module
             does not compute (another `model_type`, pruned heads, quantized weights).
         """
-        fields = dataclasses.fields(cls)
+        fields = {field.name: field for field in dataclasses.fields(cls) if field.name in cls.NAMES}
         problems = []
-        if (model_type := config.get("model_type")) != "distilbert":
-            problems.append(f"model_type is {model_type!r}, only 'distilbert' is computed")
-        else:
-            problems += [
-                f"{field.name} is missing"
-                for field in fields
-                if field.default is dataclasses.MISSING and field.name not in config
-            ]
+        if (model_type := config.get("model_type")) != cls.model_type:
+            problems.append(f"model_type is {model_type!r}, it must be {cls.model_type!r}")
         problems += [
-            f"{name} is set, such a checkpoint is not computed"
-            for name in ("pruned_heads", "quantization_config")
-            if config.get(name)
+            f"{cls.NAMES[name]} is missing"
+            for name, field in fields.items()
+            if field.default is dataclasses.MISSING and cls.NAMES[name] not in config
+        ]
+        problems += [
+            f"{name} is {config[name]!r}, such a checkpoint is not computed"
+            for name, computed in cls.COMPUTED.items()
+            if name in config and config[name] not in computed
         ]
         if problems:
             raise ModelRejected(all_problems("the config cannot be used", problems))
-        given = {field.name: config[field.name] for field in fields if field.name in config}
+        given = {name: config[cls.NAMES[name]] for name in fields if cls.NAMES[name] in config}
         if given.get("pad_token_id", 0) is None:
             del given["pad_token_id"]
         return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as `config.json` has them, `model_type` first."""
+        fields = {theirs: getattr(self, ours) for ours, theirs in self.NAMES.items()}
+        return {"model_type": self.model_type, **fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class DistilBertConfig(EncoderConfig):
+    """The fields of a DistilBERT checkpoint's `config.json` that decide its logits."""
+
+    model_type = "distilbert"
+    NAMES = {  # noqa: RUF012 (a class variable, as declared above)
+        name: name for name in (*LIMITS, "activation", "pad_token_id")
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig(EncoderConfig):
+    """The fields of a BERT checkpoint's `config.json` that decide its logits, called as above."""
+
+    type_vocab_size: int = 2
+
+    model_type = "bert"
+    NAMES = {  # noqa: RUF012
+        **DistilBertConfig.NAMES,
+        "dim": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "n_layers": "num_hidden_layers",
+        "hidden_dim": "intermediate_size",
+        "activation": "hidden_act",
+        "type_vocab_size": "type_vocab_size",
+        "layer_norm_eps": "layer_norm_eps",
+    }
+    COMPUTED = {  # noqa: RUF012
+        **EncoderConfig.COMPUTED,
+        "position_embedding_type": (None, "absolute"),
+        "is_decoder": (None, False),
+        "add_cross_attention": (None, False),
+    }
+
+
+CONFIGS: dict[str, type[EncoderConfig]] = {
+    kind.model_type: kind for kind in (DistilBertConfig, BertConfig)
+}
+
+
+def read_config(config: Mapping[str, Any]) -> EncoderConfig:
+    """The config that the `model_type` of a whole `config.json` asks for; see `from_dict`."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIGS:
+        raise ModelRejected(
+            f"model_type is {model_type!r}, only {' and '.join(map(repr, CONFIGS))} are computed"
+        )
+    return CONFIGS[model_type].from_dict(config)
 
 
 @jax.tree_util.register_dataclass
@@ -142,8 +235,9 @@ class Layers:
     with, and every later layer promotes to it.
     """
 
-    def __init__(self, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, dtype: DTypeLike, layer_norm_eps: float, rngs: nnx.Rngs):
         self.dtype, self.sum_dtype, self.rngs = np.dtype(dtype), accumulator(dtype), rngs
+        self.layer_norm_eps = layer_norm_eps
 
     def linear(self, d_in: int, d_out: int) -> nnx.Linear:
         return nnx.Linear(
@@ -169,7 +263,7 @@ class Layers:
     def layer_norm(self, dim: int) -> nnx.LayerNorm:
         return nnx.LayerNorm(
             dim,
-            epsilon=LAYER_NORM_EPS,
+            epsilon=self.layer_norm_eps,
             dtype=self.sum_dtype,
             param_dtype=self.dtype,
             rngs=self.rngs,
@@ -177,19 +271,25 @@ class Layers:
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: DistilBertConfig, make: Layers):
+    def __init__(self, config: EncoderConfig, make: Layers):
         self.word_embeddings = make.embed(config.vocab_size, config.dim)
         self.position_embeddings = make.embed(config.max_position_embeddings, config.dim)
+        if config.type_vocab_size:
+            self.token_type_embeddings = make.embed(config.type_vocab_size, config.dim)
         self.LayerNorm = make.layer_norm(config.dim)
 
-    def __call__(self, input_ids: TokenIds) -> Hidden:
+    def __call__(self, input_ids: TokenIds, token_type_ids: TokenTypes | None) -> Hidden:
         input_ids = jnp.asarray(input_ids)
-        positions = jnp.arange(input_ids.shape[1])
-        return self.LayerNorm(self.word_embeddings(input_ids) + self.position_embeddings(positions))
+        x = self.word_embeddings(input_ids)
+        if hasattr(self, "token_type_embeddings"):
+            if token_type_ids is None:
+                token_type_ids = jnp.zeros_like(input_ids)
+            x = x + self.token_type_embeddings(jnp.asarray(token_type_ids))
+        return self.LayerNorm(x + self.position_embeddings(jnp.arange(input_ids.shape[1])))
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: DistilBertConfig, make: Layers):
+    def __init__(self, config: EncoderConfig, make: Layers):
         self.n_heads, self.dtype, self.sum_dtype = config.n_heads, make.dtype, make.sum_dtype
         self.q_lin = make.linear(config.dim, config.dim)
         self.k_lin = make.linear(config.dim, config.dim)
@@ -227,7 +327,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, config: DistilBertConfig, make: Layers):
+    def __init__(self, config: EncoderConfig, make: Layers):
         self.activation = config.activation
         self.lin1 = make.linear(config.dim, config.hidden_dim)
         self.lin2 = make.linear(config.hidden_dim, config.dim)
@@ -239,7 +339,7 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Post-norm: each sublayer is added to its input and the sum is normalised."""
 
-    def __init__(self, config: DistilBertConfig, make: Layers):
+    def __init__(self, config: EncoderConfig, make: Layers):
         self.attention = Attention(config, make)
         self.sa_layer_norm = make.layer_norm(config.dim)
         self.ffn = FeedForward(config, make)
@@ -254,7 +354,7 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    def __init__(self, config: DistilBertConfig, make: Layers):
+    def __init__(self, config: EncoderConfig, make: Layers):
         self.layer = nnx.List([TransformerBlock(config, make) for _ in range(config.n_layers)])
 
     def __call__(
@@ -268,29 +368,40 @@ class Transformer(nnx.Module):
         return tuple(hidden_states), tuple(attentions)
 
 
-class DistilBert(nnx.Module):
-    def __init__(self, config: DistilBertConfig, make: Layers):
+class Encoder(nnx.Module):
+    def __init__(self, config: EncoderConfig, make: Layers):
         self.embeddings = Embeddings(config, make)
         self.transformer = Transformer(config, make)
 
     def __call__(
-        self, input_ids: TokenIds, attention_mask: TokenMask, keep_weights: bool
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenMask,
+        token_type_ids: TokenTypes | None,
+        keep_weights: bool,
     ) -> tuple[tuple[Hidden, ...], tuple[Weights | None, ...]]:
-        return self.transformer(self.embeddings(input_ids), attention_mask, keep_weights)
+        x = self.embeddings(input_ids, token_type_ids)
+        return self.transformer(x, attention_mask, keep_weights)
 
 
-class DistilBertForQuestionAnswering(nnx.Module):
-    """DistilBERT with a linear layer that scores every token as the answer's start and end.
+class QuestionAnsweringModel(nnx.Module):
+    """An encoder with a linear layer that scores every token as the answer's start and end.
 
-    A new model has random weights; `from_pretrained` gives a trained one.
+    What `DistilBertForQuestionAnswering` and `BertForQuestionAnswering` have in common. A new model
+    has random weights; `from_pretrained` gives a trained one. The encoder is the attribute that its
+    checkpoints call it, `distilbert` or `bert`.
     """
 
+    config_class: ClassVar[type[EncoderConfig]]
+
     def __init__(
-        self, config: DistilBertConfig, *, dtype: DTypeLike = "float32", rngs: nnx.Rngs
+        self, config: EncoderConfig, *, dtype: DTypeLike = "float32", rngs: nnx.Rngs
     ) -> None:
-        make = Layers(dtype, rngs)
+        if not isinstance(config, self.config_class):
+            raise TypeError(f"{type(self).__name__} needs a {self.config_class.__name__}")
+        make = Layers(dtype, config.layer_norm_eps, rngs)
         self.config, self.dtype = config, make.dtype
-        self.distilbert = DistilBert(config, make)
+        setattr(self, config.model_type, Encoder(config, make))
         self.qa_outputs = make.linear(config.dim, 2)
 
     def __call__(
@@ -310,37 +421,51 @@ class DistilBertForQuestionAnswering(nnx.Module):
           input_ids: [B, T] ids of `[CLS] question [SEP] context [SEP]`, padded to T.
           attention_mask: [B, T] 1 for a token, 0 for padding, which never changes a token's logits;
             all ones when left out.
-          token_type_ids: accepted because some tokenizers return them, and not used: DistilBERT has
-            no segment embeddings.
+          token_type_ids: [B, T] 0 for `[CLS] question [SEP]` and 1 for `context [SEP]`; all zeros
+            when left out, as in transformers. DistilBERT has no segment embeddings and takes no
+            notice of them.
           output_hidden_states: whether to return them.
           output_attentions: whether to return them.
 
         Raises:
           ValueError: the shapes do not fit each other, T is above `max_position_embeddings`, an id
-            is outside the vocabulary, or a mask is neither 0 nor 1.
+            or a segment is outside its vocabulary, or a mask is neither 0 nor 1.
         """
+        shape = np.shape(input_ids)
         if attention_mask is None:
-            attention_mask = np.ones(np.shape(input_ids), np.int32)
-        self.check(input_ids, attention_mask)
+            attention_mask = np.ones(shape, np.int32)
+        if token_type_ids is None or not self.config.type_vocab_size:
+            token_type_ids = np.zeros(shape, np.int32)
+        self.check(input_ids, attention_mask, token_type_ids)
         graphdef, state = nnx.split(self)
         return _jitted_forward(
             graphdef,
             state,
             jnp.asarray(input_ids, jnp.int32),
             jnp.asarray(attention_mask, jnp.int32),
+            jnp.asarray(token_type_ids, jnp.int32),
             output_hidden_states,
             output_attentions,
         )
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder, whatever its checkpoints call it."""
+        encoder: Encoder = getattr(self, self.config.model_type)
+        return encoder
 
     def forward(
         self,
         input_ids: TokenIds,
         attention_mask: TokenMask,
+        token_type_ids: TokenTypes | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> QuestionAnsweringOutput:
         """The computation of `__call__`, unchecked and not compiled: for jit, grad and pmap."""
-        hidden_states, attentions = self.distilbert(input_ids, attention_mask, output_attentions)
+        hidden_states, attentions = self.encoder(
+            input_ids, attention_mask, token_type_ids, output_attentions
+        )
         logits = self.qa_outputs(hidden_states[-1])
         return QuestionAnsweringOutput(
             logits[..., 0],
@@ -349,34 +474,37 @@ class DistilBertForQuestionAnswering(nnx.Module):
             attentions if output_attentions else None,
         )
 
-    def check(self, input_ids: ArrayLike, attention_mask: ArrayLike) -> None:
+    def check(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike, token_type_ids: ArrayLike
+    ) -> None:
         """Refuses what a device would compute without an error: see `Raises` of `__call__`."""
+        given = {
+            "input_ids": (input_ids, self.config.vocab_size),
+            "attention_mask": (attention_mask, 2),
+            "token_type_ids": (token_type_ids, max(self.config.type_vocab_size, 1)),
+        }
         shape, longest = np.shape(input_ids), self.config.max_position_embeddings
-        if len(shape) != 2 or np.shape(attention_mask) != shape:
-            raise ValueError(
-                f"input_ids {shape} and attention_mask {np.shape(attention_mask)} must be [B, T]"
-            )
+        if len(shape) != 2 or any(np.shape(values) != shape for values, _ in given.values()):
+            shapes = ", ".join(f"{name} {np.shape(values)}" for name, (values, _) in given.items())
+            raise ValueError(f"all must be [B, T] alike: {shapes}")
         if shape[1] > longest:  # an index past the table reads NaN, without an error
             raise ValueError(
                 f"rows of {shape[1]} tokens, but the checkpoint has {longest} positions"
             )
-        if isinstance(input_ids, jax.core.Tracer) or isinstance(attention_mask, jax.core.Tracer):
-            return
-        ids, mask = np.asarray(input_ids), np.asarray(attention_mask)
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"input_ids are {ids.dtype}, they must be integers")
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
-            worst = ids.min() if ids.min() < 0 else ids.max()
-            raise ValueError(
-                f"token id {worst}, but the vocabulary has {self.config.vocab_size} entries"
-            )
-        if not np.isin(mask, (0, 1)).all():
-            raise ValueError("attention_mask has values other than 0 and 1")
+        for name, (values, end) in given.items():
+            if isinstance(values, jax.core.Tracer):
+                continue
+            array = np.asarray(values)
+            if not (np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_):
+                raise ValueError(f"{name} are {array.dtype}, they must be integers")
+            if array.size and not 0 <= array.min() <= array.max() < end:
+                worst = array.min() if array.min() < 0 else array.max()
+                raise ValueError(f"{name} have the value {worst}, they must be from 0 to {end - 1}")
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, revision: str | None = None, dtype: DTypeLike = "float32"
-    ) -> DistilBertForQuestionAnswering:
+    ) -> Self:
         """The trained model of a local directory, or of a repository on the Hugging Face Hub.
 
         Args:
@@ -386,11 +514,14 @@ class DistilBertForQuestionAnswering(nnx.Module):
           dtype: of the weights and of the products' operands: float32, bfloat16, float16, float64.
 
         Raises:
-          ModelRejected: see `flaxqa.checkpoint.load`.
+          ModelRejected: see `flaxqa.checkpoint.load`; or it is a checkpoint of another class.
         """
         from flaxqa import checkpoint
 
-        return checkpoint.load(name, revision=revision, dtype=dtype).model
+        model = checkpoint.load(name, revision=revision, dtype=dtype).model
+        if not isinstance(model, cls):
+            raise ModelRejected(f"{name} is a checkpoint of {type(model).__name__}")
+        return model
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`, which transformers' torch class loads."""
@@ -399,15 +530,40 @@ class DistilBertForQuestionAnswering(nnx.Module):
         checkpoint.save(self, directory)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+class DistilBertForQuestionAnswering(QuestionAnsweringModel):
+    """DistilBERT with a linear layer that scores every token as the answer's start and end.
+
+    A new model has random weights; `from_pretrained` gives a trained one.
+    """
+
+    config_class = DistilBertConfig
+
+
+class BertForQuestionAnswering(QuestionAnsweringModel):
+    """BERT with a linear layer that scores every token as the answer's start and end.
+
+    A new model has random weights; `from_pretrained` gives a trained one.
+    """
+
+    config_class = BertConfig
+
+
+MODELS: dict[type[EncoderConfig], type[QuestionAnsweringModel]] = {
+    DistilBertConfig: DistilBertForQuestionAnswering,
+    BertConfig: BertForQuestionAnswering,
+}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _jitted_forward(
-    graphdef: nnx.GraphDef[DistilBertForQuestionAnswering],
+    graphdef: nnx.GraphDef[QuestionAnsweringModel],
     state: nnx.State,
     input_ids: TokenIds,
     attention_mask: TokenMask,
+    token_type_ids: TokenTypes,
     output_hidden_states: bool,
     output_attentions: bool,
 ) -> QuestionAnsweringOutput:
     return nnx.merge(graphdef, state).forward(
-        input_ids, attention_mask, output_hidden_states, output_attentions
+        input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions
     )

@@ -1,7 +1,8 @@
 """The model on every device: few fixed shapes, compiled before their first batch, work in flight.
 
 Windows are sorted by length and cut into batches, each padded to the next of LENGTHS; the last
-batch is filled up with empty rows, so every batch has a shape that was compiled. Rows are split
+batch is filled up with empty rows, so every batch has a shape that was compiled. Fewer windows than
+a batch make a smaller one, so that one question does not wait for a whole batch. Rows are split
 over the devices by one of two strategies with one interface: `jit` over a mesh with the single axis
 `data`, or `pmap`.
 """
@@ -28,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from flaxqa.errors import UsageError
 from flaxqa.features import Feature
-from flaxqa.model import DistilBertForQuestionAnswering
+from flaxqa.model import QuestionAnsweringModel
 
 LENGTHS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 TOKENS_PER_BATCH = {"cpu": 4_096}  # of one device; larger batches leave the CPU's cache
@@ -36,7 +37,7 @@ TOKENS_PER_BATCH_ELSEWHERE = 65_536
 BATCHES_IN_FLIGHT = 3
 MATMUL_PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "default")
 
-Run = Callable[[np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]
+Run = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -55,11 +56,17 @@ class Batch:
     shape: tuple[int, int]
 
 
-def logits_of(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Any, Any], tuple[Any, Any]]:
-    """The function of weights, ids and mask that both strategies split over devices."""
+def inputs_of(model: QuestionAnsweringModel) -> tuple[str, ...]:
+    """The arrays that the model's logits depend on, each int32 [B, T]."""
+    types = ("token_type_ids",) if model.config.type_vocab_size else ()
+    return ("input_ids", "attention_mask", *types)
 
-    def forward(state: nnx.State, ids: Any, mask: Any) -> tuple[Any, Any]:
-        out = nnx.merge(graphdef, state).forward(ids, mask)
+
+def logits_of(graphdef: nnx.GraphDef) -> Callable[..., tuple[Any, Any]]:
+    """The function of weights and of `inputs_of` the model that strategies split over devices."""
+
+    def forward(state: nnx.State, *inputs: Any) -> tuple[Any, Any]:
+        out = nnx.merge(graphdef, state).forward(*inputs)
         return out.start_logits, out.end_logits
 
     return forward
@@ -68,36 +75,38 @@ def logits_of(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Any, Any], tuple[A
 class MeshJit:
     """Rows split over a mesh with the single axis `data`, parameters copied along it."""
 
-    def __init__(self, model: DistilBertForQuestionAnswering, devices: Sequence[jax.Device]):
+    def __init__(self, model: QuestionAnsweringModel, devices: Sequence[jax.Device]):
         graphdef, state = nnx.split(model)
         # `Auto`: XLA propagates the sharding. The default, `Explicit`, makes nnx.Embed raise.
         mesh: Mesh = jax.make_mesh(
             (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=list(devices)
         )
         whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-        self.state = jax.device_put(state, whole)
+        self.state, self.inputs = jax.device_put(state, whole), inputs_of(model)
 
         # Rows do not communicate, and shard_map says so: left to itself, XLA gathers a batch that
         # the model walks through row by row.
         sharded = jax.shard_map(
             logits_of(graphdef),
             mesh=mesh,
-            in_specs=(P(), P("data"), P("data")),
+            in_specs=(P(), *(P("data") for _ in self.inputs)),
             out_specs=P("data"),
         )
-        self.jitted = jax.jit(sharded, in_shardings=(whole, rows, rows), out_shardings=rows)
+        self.jitted = jax.jit(
+            sharded, in_shardings=(whole, *(rows for _ in self.inputs)), out_shardings=rows
+        )
 
     def compile(self, shape: tuple[int, int]) -> Run:
-        """A function of ids and mask int32 [B, T] to start and end logits [B, T]."""
-        tokens = jax.ShapeDtypeStruct(shape, np.int32)
-        compiled = self.jitted.lower(self.state, tokens, tokens).compile()
-        return lambda ids, mask: compiled(self.state, ids, mask)
+        """A function of the inputs [B, T] to start and end logits [B, T]."""
+        tokens = [jax.ShapeDtypeStruct(shape, np.int32) for _ in self.inputs]
+        compiled = self.jitted.lower(self.state, *tokens).compile()
+        return lambda *inputs: compiled(self.state, *inputs)
 
 
 class Pmap:
     """Each device gets its own rows [devices, B / devices, T], by `jax.pmap`."""
 
-    def __init__(self, model: DistilBertForQuestionAnswering, devices: Sequence[jax.Device]):
+    def __init__(self, model: QuestionAnsweringModel, devices: Sequence[jax.Device]):
         graphdef, state = nnx.split(model)
         self.devices = list(devices)
         # One copy a device, made once: a broadcast argument would be copied with every batch.
@@ -107,16 +116,18 @@ class Pmap:
         stacked = jax.tree.map(
             lambda x: np.broadcast_to(np.asarray(x), (len(devices), *x.shape)), state
         )
-        self.state = jax.device_put(stacked, NamedSharding(mesh, P("data")))
-
+        self.state, self.inputs = (
+            jax.device_put(stacked, NamedSharding(mesh, P("data"))),
+            inputs_of(model),
+        )
         self.mapped = jax.pmap(logits_of(graphdef), devices=self.devices)
 
     def compile(self, shape: tuple[int, int]) -> Run:
-        """A function of ids and mask int32 [B, T] to logits [devices, B / devices, T]."""
+        """A function of the inputs [B, T] to logits [devices, B / devices, T]."""
         split = (len(self.devices), shape[0] // len(self.devices), shape[1])
-        tokens = jax.ShapeDtypeStruct(split, np.int32)
-        compiled = self.mapped.lower(self.state, tokens, tokens).compile()
-        return lambda ids, mask: compiled(self.state, ids.reshape(split), mask.reshape(split))
+        tokens = [jax.ShapeDtypeStruct(split, np.int32) for _ in self.inputs]
+        compiled = self.mapped.lower(self.state, *tokens).compile()
+        return lambda *inputs: compiled(self.state, *(each.reshape(split) for each in inputs))
 
 
 STRATEGIES: dict[str, Callable[..., MeshJit | Pmap]] = {"jit": MeshJit, "pmap": Pmap}
@@ -133,12 +144,12 @@ class Predictor:
 
     def __init__(
         self,
-        model: DistilBertForQuestionAnswering,
+        model: QuestionAnsweringModel,
         *,
         max_length: int = 384,
         batch_size: int | None = None,
         parallel: str = "jit",
-        devices: int | None = None,
+        devices: int | Sequence[jax.Device] | None = None,
         matmul_precision: str = "float32",
     ):
         """Puts the weights on the devices; compiles nothing yet.
@@ -149,7 +160,7 @@ class Predictor:
           batch_size: rows of a batch on all devices together, rounded up to a multiple of their
             number; None takes as many as fill TOKENS_PER_BATCH on each device.
           parallel: "jit" or "pmap", how rows are split over the devices.
-          devices: how many of this process's devices to use; None for all.
+          devices: how many of this process's devices to use, or which; None for all.
           matmul_precision: of float32 products. "float32" is what it says on every device, where
             JAX's own default is TF32 on NVIDIA and bfloat16 passes on TPU.
 
@@ -174,6 +185,7 @@ class Predictor:
         self.lengths = [*(length for length in LENGTHS if length < max_length), max_length]
         self.batch_size, self.matmul_precision = batch_size, matmul_precision
         self.pad_token_id = model.config.pad_token_id
+        self.inputs = inputs_of(model)
         self.strategy = STRATEGIES[parallel](model, self.devices)
         self.compiled: dict[tuple[int, int], Run] = {}
         self.compile_seconds, self.computed_tokens = 0.0, 0
@@ -182,13 +194,22 @@ class Predictor:
     def shapes(self) -> list[tuple[int, int]]:
         return sorted(self.compiled)
 
-    def rows(self, length: int) -> int:
-        """The rows of a batch whose rows have `length` tokens: a multiple of the devices."""
+    def rows(self, length: int, windows: int) -> int:
+        """The rows of a batch whose rows have `length` tokens: a multiple of the devices.
+
+        Args:
+          length: what its rows are padded to.
+          windows: how many there are in all; fewer than a batch get the next power of two rows on
+            each device.
+        """
         n = len(self.devices)
         if self.batch_size is not None:
-            return -(-self.batch_size // n) * n
-        tokens = TOKENS_PER_BATCH.get(self.devices[0].platform, TOKENS_PER_BATCH_ELSEWHERE)
-        return max(1, tokens // length) * n
+            full = -(-self.batch_size // n)
+        else:
+            tokens = TOKENS_PER_BATCH.get(self.devices[0].platform, TOKENS_PER_BATCH_ELSEWHERE)
+            full = max(1, tokens // length)
+        few: int = 1 << (-(-windows // n) - 1).bit_length()
+        return min(full, few) * n
 
     def plan(self, lengths: Sequence[int]) -> list[Batch]:
         """Every window in exactly one batch, longest first, few tokens of padding.
@@ -203,7 +224,7 @@ class Predictor:
             if longest > self.lengths[-1]:
                 raise ValueError(f"a window of {longest} tokens, above {self.lengths[-1]}")
             length = next(length for length in self.lengths if length >= longest)
-            size = self.rows(length)
+            size = self.rows(length, len(lengths))
             batches.append(Batch(tuple(order[:size]), (size, length)))
             order = order[size:]
         return batches
@@ -252,26 +273,29 @@ class Predictor:
         for batch in plan:
             if len(in_flight) == BATCHES_IN_FLIGHT:
                 collect()
-            ids, mask = self.arrays(batch, features)
-            in_flight.append((batch, self.compiled[batch.shape](ids, mask)))
-            self.computed_tokens += ids.size
+            inputs = self.arrays(batch, features)
+            in_flight.append((batch, self.compiled[batch.shape](*inputs)))
+            self.computed_tokens += inputs[0].size
         while in_flight:
             collect()
         return logits  # type: ignore[return-value]  # the plan has every row
 
-    def arrays(self, batch: Batch, features: Sequence[Feature]) -> tuple[np.ndarray, np.ndarray]:
-        """input_ids and attention_mask, int32 [B, T]; rows past the batch's own are empty."""
+    def arrays(self, batch: Batch, features: Sequence[Feature]) -> tuple[np.ndarray, ...]:
+        """The model's inputs, int32 [B, T] each; rows past the batch's own are empty."""
         ids = np.full(batch.shape, self.pad_token_id, np.int32)
-        mask = np.zeros(batch.shape, np.int32)
+        mask, types = np.zeros(batch.shape, np.int32), np.zeros(batch.shape, np.int32)
         for row, index in enumerate(batch.rows):
-            tokens = features[index].input_ids
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
-        return ids, mask
+            feature = features[index]
+            ids[row, : len(feature)] = feature.input_ids
+            mask[row, : len(feature)] = 1
+            types[row, feature.context_start : len(feature)] = 1
+        return (ids, mask, types)[: len(self.inputs)]
 
 
-def local_devices(number: int | None) -> list[jax.Device]:
-    """The first `number` devices of this process, or all of them."""
+def local_devices(number: int | Sequence[jax.Device] | None) -> list[jax.Device]:
+    """The first `number` devices of this process, or all of them; devices as they are."""
+    if isinstance(number, Sequence):
+        return list(number)
     devices = jax.local_devices()
     if number is None:
         return devices

@@ -5,9 +5,9 @@ read with `pickletools` and interpreted here, where the only things that can be 
 tuples and tensors. HDF5 links, external and virtual data sets, which can read any file of the host,
 are refused.
 
-Layouts: safetensors and torch as transformers saves them; `tf_model.h5` as
-TFDistilBertForQuestionAnswering and `flax_model.msgpack` as FlaxDistilBertForQuestionAnswering of
-transformers 4.57 do.
+Layouts: safetensors and torch as transformers saves them; `tf_model.h5` as the classes
+TFBertForQuestionAnswering and TFDistilBertForQuestionAnswering of transformers 4.57 do, and
+`flax_model.msgpack` as FlaxBertForQuestionAnswering and FlaxDistilBertForQuestionAnswering.
 """
 
 from __future__ import annotations
@@ -537,6 +537,6 @@ def keras_path(name: str) -> tuple[str, ...]:
     part is the layer's group; the model's own name is there unless the model was never called.
     """
     _, *parts = name.strip("/").removesuffix(":0").replace("_._", "/").split("/")
-    if len(parts) > 1 and parts[0] not in ("distilbert", "qa_outputs"):
+    if len(parts) > 1 and parts[0] not in ("distilbert", "bert", "qa_outputs"):
         del parts[0]
     return tuple(parts)

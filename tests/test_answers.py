@@ -4,14 +4,18 @@ import numpy as np
 import pytest
 
 from flaxqa import answers
-from flaxqa.features import Example, Feature
+from flaxqa.features import Example, Feature, Tokens
 from flaxqa.predict import Logits
 
 
-def window(example, question_tokens, offsets):
-    before = question_tokens + 2
-    ids = np.ones(before + len(offsets) + 1, np.int32)
-    return Feature(example, ids, before, np.array(offsets, np.int32).reshape(-1, 2), False)
+def window(example, question_tokens, offsets, words=None, counts=None):
+    """A window whose context tokens lie where `offsets` say, each a word unless `words` says."""
+    before, n = question_tokens + 2, len(offsets)
+    ids = np.full(before + n + 1, 7, np.int32)
+    ids[0] = 1
+    words = np.arange(n) if words is None else np.array(words)
+    context = Tokens(ids[before:-1], np.array(offsets, np.int32).reshape(-1, 2), words)
+    return Feature(example, ids, before, context, slice(0, n), False, counts)
 
 
 def random_case(rng, n_examples=12, context=60):
@@ -66,9 +70,9 @@ def test_the_answers_are_those_of_run_qas_rule(seed, n_best, longest):
         got = [(a.start, a.end, a.start_logit, a.end_logit) for a in found[index]]
         assert got == [pair[1:] for pair in expected]
         assert all(a.text == example.context[a.start : a.end] for a in found[index])
-        sums = np.array([pair[0] for pair in expected], np.float64)
+        sums = np.array([pair[3] + pair[4] for pair in expected], np.float64)
         softmax = np.exp(sums - sums.max(initial=0)) / np.exp(sums - sums.max(initial=0)).sum()
-        np.testing.assert_allclose([a.probability for a in found[index]], softmax, rtol=1e-6)
+        np.testing.assert_allclose(answers.probabilities(found[index]), softmax, rtol=1e-6)
 
 
 def test_the_score_is_a_probability_over_all_windows_and_cls():

@@ -187,7 +187,8 @@ BROKEN = {
         r"position_embeddings.weight has shape \(64, 32\), the config needs \(512, 32\)"),
     "config vocabulary": (
         lambda f: write_config(f, vocab_size=30522), "vocab_size 30522"),
-    "config model type": (lambda f: write_config(f, model_type="bert"), "model_type is 'bert'"),
+    "config model type": (
+        lambda f: write_config(f, model_type="roberta"), "model_type is 'roberta'"),
     "config activation": (
         lambda f: write_config(f, activation="silu"), "activation is 'silu'"),
     "config missing": (lambda f: (f / "config.json").unlink(), "config.json is missing"),

@@ -69,7 +69,7 @@ def test_ask_prints_json_when_piped():
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["answers"]) == 3
-    assert (result["decoder"], result["n_windows"]) == ("squad", 1)
+    assert (result["decoder"], result["n_windows"]) == ("spans", 1)
     for answer in result["answers"]:
         assert CONTEXT[answer["start"] : answer["end"]] == answer["text"]
         assert 0 <= answer["score"] <= 1
@@ -114,7 +114,11 @@ def test_ask_is_readable_on_a_terminal():
     ("arguments", "code", "message"),
     [
         (["--model", MODEL, "--context", ""], 2, "the context is empty"),
-        (["--model", MODEL, "--context", "x", "--top-k", "0"], 2, "--top-k must be at least 1"),
+        (
+            ["--model", MODEL, "--context", "x", "--top-k", "0"],
+            2,
+            "top_k is 0, it must be at least 1",
+        ),
         (["--model", MODEL, "--context", "x", "--context-file", "y"], 2, "not both"),
         (["--model", MODEL, "--context-file", "/no/file"], 2, "/no/file cannot be read"),
         (["--model", "/no/model", "--context", "x"], 2, "/no/model is missing"),

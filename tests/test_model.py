@@ -1,3 +1,5 @@
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -121,12 +123,16 @@ def test_it_can_be_traced_and_differentiated(tensors, batch):
     ("ids", "mask", "message"),
     [
         (np.ones((1, 65), int), None, r"65 tokens.*64 positions"),
-        (np.array([[1, len(VOCAB)]]), None, rf"token id {len(VOCAB)}.*{len(VOCAB)} entries"),
-        (np.array([[1, -1]]), None, "token id -1"),
+        (
+            np.array([[1, len(VOCAB)]]),
+            None,
+            f"the value {len(VOCAB)}.* from 0 to {len(VOCAB) - 1}",
+        ),
+        (np.array([[1, -1]]), None, "input_ids have the value -1"),
         (np.ones((1, 3), int), np.ones((1, 4), int), r"must be \[B, T\]"),
         (np.ones(3, int), None, r"must be \[B, T\]"),
         (np.ones((1, 3)), None, "must be integers"),
-        (np.ones((1, 3), int), np.full((1, 3), 2), "other than 0 and 1"),
+        (np.ones((1, 3), int), np.full((1, 3), 2), "attention_mask have the value 2.* from 0 to 1"),
     ],
 )
 def test_input_that_a_device_would_compute_without_an_error_is_refused(tensors, ids, mask, message):
@@ -150,13 +156,13 @@ def test_input_that_a_device_would_compute_without_an_error_is_refused(tensors, 
         ({"activation": "__import__('os')"}, "activation is"),
         ({"activation": ["gelu"]}, "activation is"),
         ({"model_type": "bert"}, "model_type is 'bert'"),
-        ({"pruned_heads": {"0": [1]}}, "pruned_heads is set"),
-        ({"quantization_config": {"bits": 8}}, "quantization_config is set"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads is {'0': [1]}"),
+        ({"quantization_config": {"bits": 8}}, "quantization_config is {'bits': 8}"),
         ({"pad_token_id": 10**6}, "pad_token_id is 1000000"),
     ],
 )
 def test_a_config_that_lies_is_refused_by_field(change, message):
-    with pytest.raises(ModelRejected, match=message.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(ModelRejected, match=re.escape(message)):
         DistilBertConfig.from_dict({"model_type": "distilbert", **TINY, **change})
 
 

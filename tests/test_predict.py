@@ -7,7 +7,7 @@ from flax import nnx
 from eval import squad
 from flaxqa import answers, checkpoint, features, predict
 from flaxqa.errors import UsageError
-from flaxqa.features import Feature
+from flaxqa.features import Feature, Tokens
 from flaxqa.model import DistilBertConfig, DistilBertForQuestionAnswering
 from flaxqa.predict import Predictor
 
@@ -25,7 +25,7 @@ def trained():
 def windows(trained):
     from conftest import QUICKSTART
 
-    examples = squad.read(QUICKSTART / "heldout.json")[:QUESTIONS]
+    examples = squad.read(QUICKSTART / "heldout.json").questions[:QUESTIONS]
     return examples, features.make(examples, trained.tokenizer)
 
 
@@ -100,8 +100,10 @@ def test_a_plan_has_every_window_once_in_shapes_that_fit(n_devices, batch_size):
 
 def test_the_last_odd_batch_is_filled_up_and_nothing_is_lost():
     predictor = Predictor(small_model(), max_length=64, devices=4, batch_size=4)
-    offsets = np.zeros((2, 2), np.int32)
-    windows = [Feature(i, np.full(5 + i, 7, np.int32), 3, offsets, False) for i in range(9)]
+    context = Tokens(*np.zeros((3, 2), np.int32))
+    windows = [
+        Feature(i, np.full(5 + i, 7, np.int32), 3, context, slice(0, 2), False) for i in range(9)
+    ]
     seen = []
     logits = predictor.predict(windows, seen.append)
     assert [len(one.start) for one in logits] == list(range(5, 14))

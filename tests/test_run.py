@@ -9,7 +9,7 @@ from conftest import QUICKSTART, SHARED
 
 from eval import run, squad
 from eval.config import EvalConfig, read_toml
-from flaxqa import answers, checkpoint, predict
+from flaxqa import answers, checkpoint, predict, reader
 from flaxqa.errors import DataError, ModelRejected, TryAgain, UsageError
 from flaxqa.predict import Logits
 
@@ -81,7 +81,7 @@ def test_run_json_holds_what_redoes_the_run(done):
 
 
 def test_predictions_and_nbest_are_pieces_of_their_contexts(done):
-    questions = squad.read(QUICKSTART / "heldout.json")[:40]
+    questions = squad.read(QUICKSTART / "heldout.json").questions[:40]
     predictions, nbest = read(done[1], "predictions.json"), read(done[1], "nbest_predictions.json")
     assert list(predictions) == list(nbest) == [question.id for question in questions]
     for question in questions:
@@ -200,7 +200,7 @@ class Stopped(Exception):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(run, "QUESTIONS_PER_CHUNK", 7)
+    monkeypatch.setattr(reader, "RECORDS_PER_CHUNK", 7)
 
 
 def stop_after(monkeypatch, chunks):
@@ -216,24 +216,6 @@ def stop_after(monkeypatch, chunks):
     return calls
 
 
-def chunk_sizes():
-    questions = squad.read(QUICKSTART / "heldout.json")[:40]
-    return [len(chunk) for chunk in run.chunks(questions, 0)]
-
-
-def test_chunks_end_between_contexts_and_where_they_would_be_too_large(small_chunks, monkeypatch):
-    questions = squad.read(QUICKSTART / "heldout.json")[:40]
-    pieces = list(run.chunks(questions, 0))
-    assert [question for piece in pieces for question in piece] == questions
-    assert all(len(piece) >= 7 for piece in pieces[:-1])
-    contexts = [{question.context for question in piece} for piece in pieces]
-    assert sum(map(len, contexts)) == len(set().union(*contexts))
-    begin = len(pieces[0]) + len(pieces[1])
-    assert list(run.chunks(questions, begin)) == pieces[2:]
-    monkeypatch.setattr(run, "CHARACTERS_PER_CHUNK", 1)
-    assert [len(piece) for piece in run.chunks(questions, 0)] == [1] * 40
-
-
 @pytest.mark.parametrize("chunks", [0, 1, 3])
 def test_a_stopped_run_goes_on_where_it_was(small_chunks, tmp_path, monkeypatch, chunks):
     run.evaluate(quickstart(tmp_path / "whole"))
@@ -247,8 +229,8 @@ def test_a_stopped_run_goes_on_where_it_was(small_chunks, tmp_path, monkeypatch,
     with monkeypatch.context() as patched:
         calls = stop_after(patched, 99)
         metrics = run.evaluate(quickstart(tmp_path / "out"))
-    assert len(calls) == len(chunk_sizes()) - chunks
-    assert metrics["resumed_questions"] == sum(chunk_sizes()[:chunks])
+    assert len(calls) == 6 - chunks
+    assert metrics["resumed_questions"] == 7 * chunks
     for name in ("predictions.json", "nbest_predictions.json", "per_example.parquet"):
         same = (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
         assert same, name
@@ -263,7 +245,7 @@ def test_a_kept_line_of_another_shape_is_dropped(small_chunks, tmp_path, monkeyp
             run.evaluate(quickstart(tmp_path))
     with (tmp_path / ".partial.jsonl").open("a") as file:
         file.write(line + "\n")
-    assert run.evaluate(quickstart(tmp_path))["resumed_questions"] == sum(chunk_sizes()[:2])
+    assert run.evaluate(quickstart(tmp_path))["resumed_questions"] == 14
 
 
 def test_two_runs_into_one_directory_do_not_mix(tmp_path):

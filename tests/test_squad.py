@@ -44,9 +44,9 @@ def test_scores_of_one_pair(prediction, answer, exact, f1):
 
 
 def test_the_best_answer_counts_for_each_score_and_missing_ones_score_zero():
-    questions = list(
-        squad.examples(content(qa("1", answers=("the", "the cat")), qa("2"), qa("3")), "")
-    )
+    questions = squad.parse(
+        content(qa("1", answers=("the", "the cat")), qa("2"), qa("3")), ""
+    ).questions
     scores = squad.score(questions, {"1": "", "3": "Bob", "9": "ignored"})
     assert scores.exact_matches.tolist() == [True, False, True]
     assert scores.f1s.tolist() == [0.0, 0.0, 1.0]
@@ -64,7 +64,7 @@ def test_the_best_answer_counts_for_each_score_and_missing_ones_score_zero():
     ],
 )
 def test_published_predictions_have_their_official_scores(name, exact_match, f1):
-    questions = squad.read(SHARED / "squad" / "dev-v1.1.json")
+    questions = squad.read(SHARED / "squad" / "dev-v1.1.json").questions
     predictions = squad.read_predictions(SHARED / "squad" / "predictions" / f"{name}.json")
     scores = squad.score(questions, predictions)
     assert scores.exact_match == pytest.approx(exact_match, abs=1e-9)
@@ -74,7 +74,7 @@ def test_published_predictions_have_their_official_scores(name, exact_match, f1)
 def random_scores(n, seed=0):
     rng = np.random.default_rng(seed)
     f1s = rng.choice([0, 0.4, 0.5, 2 / 3, 0.8, 1], n)
-    return squad.Scores(tuple(map(str, range(n))), f1s == 1, f1s, ())
+    return squad.Scores(tuple(map(str, range(n))), f1s == 1, f1s, (), np.ones(n, bool))
 
 
 def test_intervals_are_those_of_resampling_the_questions():
@@ -91,7 +91,7 @@ def test_intervals_are_those_of_resampling_the_questions():
 
 
 def test_intervals_of_certain_scores_are_points():
-    certain = squad.Scores(("1", "2"), np.ones(2, bool), np.ones(2), ())
+    certain = squad.Scores(("1", "2"), np.ones(2, bool), np.ones(2), (), np.ones(2, bool))
     assert certain.intervals() == {"exact_match": (100.0, 100.0), "f1": (100.0, 100.0)}
 
 
@@ -188,7 +188,7 @@ print(json.dumps(metric.compute()))
 def test_the_evaluate_metric_gives_the_official_numbers_on_the_dev_set():
     from eval.metric import Squad
 
-    questions = squad.read(SHARED / "squad" / "dev-v1.1.json")
+    questions = squad.read(SHARED / "squad" / "dev-v1.1.json").questions
     given = squad.read_predictions(SHARED / "squad" / "predictions" / "logistic_regression.json")
     answered = [question for question in questions if question.id in given]
     references = [
@@ -220,10 +220,10 @@ def test_a_hub_data_set_reads_like_the_file_it_came_from(tmp_path):
     folder.mkdir()
     datasets.Dataset.from_list(rows).to_parquet(str(folder / "validation-00000.parquet"))
     got, commit = squad.read_hub(str(folder))
-    expected = list(squad.examples(content(*[qa(str(i), f"Who {i}?") for i in range(3)]), ""))
+    expected = squad.parse(content(*[qa(str(i), f"Who {i}?") for i in range(3)]), "")
     assert got == expected
     assert commit is None
-    assert squad.sha256(got) == squad.sha256(expected)
-    assert squad.sha256(got[:2]) != squad.sha256(expected)
+    assert squad.sha256(got.questions) == squad.sha256(expected.questions)
+    assert squad.sha256(got.questions[:2]) != squad.sha256(expected.questions)
     with pytest.raises(DataError, match="split test"):
         squad.read_hub(str(folder), split="test")

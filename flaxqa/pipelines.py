@@ -1,0 +1,408 @@
+"""The call of transformers 4.57's question-answering pipeline, which transformers 5.3 removed.
+
+The answers, offsets and scores are those of 4.57.6 (see `flaxqa.answers.decode_pipeline`), its
+defects included. What differs, and why:
+
+- **A question too long, a stride too large.** Where 4.57 died of a panic in Rust, which
+  `except Exception` does not catch, a ValueError says what does not fit.
+- **Other keys of a record** (`id`, `title`): 4.57 raised a TypeError; here they are in the answer.
+- **Where it runs.** `device=None` means all devices of this process, not the CPU. Windows of
+  many records are sorted by length and computed together, whatever `batch_size` says: it bounds
+  only how many windows are in one batch. Logits differ in the last digits, so scores do by about
+  1e-6.
+- **Generators** are read ahead, 1,024 records or what `read_ahead` says; answers come in order.
+- **Inputs.** Any sequence of strings will do where 4.57 wanted a list, so that a `datasets` column
+  is accepted; and one question goes with many contexts, as one context with many questions.
+  `SquadExample`, which transformers no longer has, is not accepted.
+- **Tokenizers that pad on the left** are refused. 4.57 forgot to mask the question then.
+- **"[CLS]" spelled in a question** is never part of an answer.
+- **Without effect**, as they change no answer: `padding`, `max_question_len` (4.57 read neither
+  with a fast tokenizer, or to no effect), `framework`, `use_fast`, `num_workers`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import tokenizers
+
+from flaxqa import answers, checkpoint, features, predict
+from flaxqa.checkpoint import Checkpoint
+from flaxqa.errors import DataError, ModelRejected, UsageError, all_problems
+from flaxqa.features import Example
+from flaxqa.model import QuestionAnsweringModel
+from flaxqa.reader import NOT_FINITE, RECORDS_PER_CHUNK, chunks
+
+TASK = "question-answering"
+# What 4.57 takes when no model is named.
+DEFAULT_MODEL = "distilbert/distilbert-base-cased-distilled-squad"
+DEFAULT_REVISION = "564e9b5"
+WITHOUT_EFFECT = ("framework", "use_fast", "num_workers")
+
+Output = dict[str, Any] | list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """What a call may set, with 4.57's defaults.
+
+    Attributes:
+      top_k: how many answers at most; 1 gives a dict, more a list of dicts, unless only one is
+        there.
+      doc_stride: tokens that neighbouring windows share; None for half of `max_seq_len`, at most
+        128.
+      max_answer_len: tokens of the longest answer, before it is widened to words.
+      max_seq_len: tokens of a window; None for the tokenizer's `model_max_length`, at most 384.
+      max_question_len: without effect.
+      handle_impossible_answer: whether "no answer" competes, with the text "".
+      align_to_words: whether answers are widened to whole words.
+      padding: without effect.
+    """
+
+    top_k: int = 1
+    doc_stride: int | None = None
+    max_answer_len: int = 15
+    max_seq_len: int | None = None
+    max_question_len: int = 64
+    handle_impossible_answer: bool = False
+    align_to_words: bool = True
+    padding: bool | str = "do_not_pad"
+
+    def __post_init__(self) -> None:
+        least = {"top_k": 1, "max_answer_len": 1, "doc_stride": 0, "max_seq_len": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is None and name in ("doc_stride", "max_seq_len"):
+                continue
+            if type(value) is not int or value < low:
+                raise UsageError(f"{name} parameter should be >= {low} (got {value!r})")
+        if self.padding not in (True, False, "do_not_pad", "longest", "max_length"):
+            raise UsageError(f"padding {self.padding!r} is no padding strategy")
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Parameters))
+
+
+def pipeline(
+    task: str = TASK,
+    model: str | Path | QuestionAnsweringModel | None = None,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    device: Any = None,
+    batch_size: int | None = None,
+    *,
+    dtype: Any = None,
+    torch_dtype: Any = None,
+    read_ahead: int = RECORDS_PER_CHUNK,
+    **parameters: Any,
+) -> QuestionAnsweringPipeline:
+    """What `transformers.pipeline("question-answering", ...)` was.
+
+    Args:
+      task: "question-answering", nothing else.
+      model: a directory, a hub id, or a model; None for the one 4.57 took.
+      tokenizer: a directory or hub id, a `tokenizers.Tokenizer` or a fast tokenizer of
+        transformers; None for the model's own.
+      revision: branch, tag or commit of a hub model.
+      device: None for all devices of this process; else -1 or "cpu", the number of an accelerator,
+        "cuda:1", "gpu", "tpu:0", or a `jax.Device`.
+      batch_size: the most windows of a batch; None for as many as suit the device.
+      dtype: "float32" (the default), "bfloat16" or "float16".
+      torch_dtype: its older name.
+      read_ahead: how many records of a generator are read before the first is answered.
+      **parameters: those of a call, as its defaults.
+
+    Raises:
+      KeyError: another task.
+      ModelRejected, UsageError, TryAgain: see `flaxqa.checkpoint.load`.
+    """
+    if task != TASK:
+        raise KeyError(f"flaxqa has the task {TASK!r} and no other, so not {task!r}")
+    unknown = parameters.keys() - {*NAMES, "topk", *WITHOUT_EFFECT}
+    if unknown:
+        raise TypeError(
+            f"pipeline() does not take {', '.join(sorted(unknown))}; parameters of a call are "
+            f"{', '.join(NAMES)}"
+        )
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise UsageError(f"batch_size is {batch_size!r}, it must be at least 1")
+    if type(read_ahead) is not int or read_ahead < 1:
+        raise UsageError(f"read_ahead is {read_ahead!r}, it must be at least 1")
+    defaults = merged(Parameters(), parameters)
+    devices = which_devices(device)
+    name = str(dtype if dtype is not None else torch_dtype or "float32").removeprefix("torch.")
+    predict.use_compilation_cache()
+    if model is None:
+        warnings.warn(
+            f"No model was supplied, defaulted to {DEFAULT_MODEL} and revision {DEFAULT_REVISION}.",
+            stacklevel=2,
+        )
+        model, revision = DEFAULT_MODEL, revision or DEFAULT_REVISION
+    if isinstance(model, QuestionAnsweringModel):
+        if tokenizer is None:
+            raise UsageError("a model without a directory needs a tokenizer")
+        loaded = Checkpoint(model, model.config, tokenizer, Path(), None, (), {})
+    elif isinstance(model, (str, Path)):
+        loaded = checkpoint.load(model, revision=revision, dtype=name)
+    else:
+        raise UsageError(
+            f"model is a {type(model).__name__}; flaxqa takes a directory, a hub id, or its own "
+            "DistilBertForQuestionAnswering or BertForQuestionAnswering"
+        )
+    longest = longest_of(loaded.directory)
+    if tokenizer is not None:
+        chosen, longest = read_tokenizer(tokenizer)
+        if problems := checkpoint.tokenizer_problems(chosen, loaded.config):
+            raise ModelRejected(all_problems("the tokenizer does not fit the model", problems))
+        loaded = dataclasses.replace(loaded, tokenizer=chosen)
+    return QuestionAnsweringPipeline(
+        loaded,
+        defaults=defaults,
+        model_max_length=longest,
+        devices=devices,
+        batch_size=batch_size,
+        read_ahead=read_ahead,
+    )
+
+
+class QuestionAnsweringPipeline:
+    """Answers questions as transformers 4.57's class of this name did; made by `pipeline`.
+
+    Attributes:
+      task: "question-answering".
+      model: the model.
+      tokenizer: its tokenizer, without truncation and padding.
+    """
+
+    task = TASK
+
+    def __init__(
+        self,
+        loaded: Checkpoint,
+        *,
+        defaults: Parameters,
+        model_max_length: int,
+        devices: Sequence[jax.Device] | None,
+        batch_size: int | None,
+        read_ahead: int,
+    ):
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.defaults, self.read_ahead = defaults, read_ahead
+        positions = loaded.config.max_position_embeddings
+        self.model_max_length = min(model_max_length, positions)
+        self.predictor = predict.Predictor(
+            loaded.model, max_length=positions, devices=devices, batch_size=batch_size
+        )
+        self.known: dict[str, features.Tokens] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Answers one question or many.
+
+        Takes `question=` and `context=`, strings or sequences of them; or, as the only argument, a
+        dict with both, a list of such dicts, or an iterator of them; or question and context.
+        Besides the parameters of `Parameters`.
+
+        Returns:
+          For one question a dict of `score`, `start`, `end` (characters of the context, end
+          exclusive) and `answer`, or a list of them if several are asked for and there; for many a
+          list of these; for an iterator, an iterator of these.
+
+        Raises:
+          ValueError: a text is empty or None, a parameter has a value that cannot be, or a
+            question leaves no room for its context.
+          KeyError: a record has no question or no context.
+        """
+        given = {name: kwargs.pop(name) for name in (*NAMES, "topk") if name in kwargs}
+        parameters = self.fitting(merged(self.defaults, given))
+        for name in ("batch_size", "num_workers"):  # they change no answer
+            kwargs.pop(name, None)
+        inputs = arguments(args, kwargs)
+        if isinstance(inputs, Iterator):
+            return self.stream(inputs, parameters)
+        records = list(inputs)
+        for record in records:
+            check(record)  # all of them before any is computed
+        outputs = list(self.stream(iter(records), parameters))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def fitting(self, parameters: Parameters) -> Parameters:
+        """The parameters with those that were left out, refused if the model cannot take them."""
+        length, stride = parameters.max_seq_len, parameters.doc_stride
+        if length is None:
+            length = min(self.model_max_length, 384)
+        if stride is None:
+            stride = min(length // 2, 128)
+        positions = self.model.config.max_position_embeddings
+        if length > positions:
+            raise UsageError(f"max_seq_len {length}, but the model has {positions} positions")
+        if stride > length:
+            raise UsageError(f"`doc_stride` ({stride}) is larger than `max_seq_len` ({length})")
+        if stride >= length - features.SPECIAL_TOKENS:
+            raise UsageError(
+                f"`doc_stride` ({stride}) must be below `max_seq_len` ({length}) less "
+                f"{features.SPECIAL_TOKENS} special tokens"
+            )
+        return dataclasses.replace(parameters, max_seq_len=length, doc_stride=stride)
+
+    def stream(self, records: Iterator[Any], parameters: Parameters) -> Iterator[Output]:
+        """The output of each record, in order; reads `read_ahead` records before the first."""
+        checked = map(check, records)
+        for chunk in chunks(checked, self.read_ahead, size_of=lambda record: len(record[1])):
+            examples = [Example(question, question, context) for question, context, _ in chunk]
+            windows = features.make(
+                examples,
+                self.tokenizer,
+                max_length=parameters.max_seq_len or 0,
+                doc_stride=parameters.doc_stride or 0,
+                max_question_length=parameters.max_seq_len,
+                known=self.known,
+            )
+            logits = self.predictor.predict(windows)
+            if answers.non_finite(windows, logits):
+                raise DataError(NOT_FINITE)
+            found = answers.decode_pipeline(
+                examples,
+                windows,
+                logits,
+                top_k=parameters.top_k,
+                max_answer_length=parameters.max_answer_len,
+                align_to_words=parameters.align_to_words,
+                handle_impossible_answer=parameters.handle_impossible_answer,
+            )
+            for (_, _, others), answered in zip(chunk, found, strict=True):
+                rows = [{**others, **answer} for answer in answered]
+                yield rows[0] if len(rows) == 1 else rows
+
+
+def merged(parameters: Parameters, given: Mapping[str, Any]) -> Parameters:
+    """The parameters with what was given for a call; `topk` is the old name of `top_k`."""
+    values = {name: value for name, value in given.items() if value is not None}
+    if "topk" in values:
+        warnings.warn("topk parameter is deprecated, use top_k instead", UserWarning, stacklevel=3)
+        values.setdefault("top_k", values["topk"])
+    return dataclasses.replace(
+        parameters, **{name: value for name, value in values.items() if name in NAMES}
+    )
+
+
+def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
+    """The records that a call names, an iterator if it names one."""
+    known = {"question", "context", "X", "data"}
+    if unknown := kwargs.keys() - known:
+        raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
+    if args:
+        if len(args) == 2 and all(isinstance(each, str) for each in args):
+            return [{"question": args[0], "context": args[1]}]
+        inputs = args[0] if len(args) == 1 else list(args)
+    elif "X" in kwargs or "data" in kwargs:
+        inputs = kwargs.get("X", kwargs.get("data"))
+    elif "question" in kwargs and "context" in kwargs:
+        return together(kwargs["question"], kwargs["context"])
+    else:
+        raise UsageError("a question and a context are needed")
+    if isinstance(inputs, Mapping):
+        return [inputs]
+    if isinstance(inputs, str) or not isinstance(inputs, Iterable):
+        raise UsageError(f"{inputs!r:.80} is neither a record nor an iterable of records")
+    return inputs
+
+
+def together(questions: Any, contexts: Any) -> list[dict[str, Any]]:
+    """One record for each question, each context, or each pair of them."""
+    for name, given in (("question", questions), ("context", contexts)):
+        if given is None:
+            raise UsageError(f"`{name}` cannot be None")
+        if not isinstance(given, Iterable):
+            raise UsageError(f"{name} is {type(given).__name__}, not a string or a list of them")
+    many = [None if isinstance(given, str) else list(given) for given in (questions, contexts)]
+    lengths = {len(each) for each in many if each is not None}
+    if len(lengths) > 1:
+        raise UsageError(
+            "Questions and contexts don't have the same lengths: "
+            + " and ".join(str(len(each or ())) for each in many)
+        )
+    n = lengths.pop() if lengths else 1
+    columns = [
+        [given] * n if each is None else each
+        for given, each in zip((questions, contexts), many, strict=True)
+    ]
+    return [{"question": q, "context": c} for q, c in zip(*columns, strict=True)]
+
+
+def check(record: Any) -> tuple[str, str, dict[str, Any]]:
+    """The question, the context and the other fields of a record.
+
+    Raises:
+      KeyError: it has no question or no context.
+      ValueError: it is not a mapping, or a text is empty or not a string.
+    """
+    if not isinstance(record, Mapping):
+        raise UsageError(f"{record!r:.80} must be a dict with question and context")
+    for name in ("question", "context"):
+        if name not in record:
+            raise KeyError("You need to provide a dictionary with keys {question:..., context:...}")
+        text = record[name]
+        if text is None or text == "":
+            raise UsageError(f"`{name}` cannot be {'None' if text is None else 'empty'}")
+        if not isinstance(text, str):
+            raise UsageError(f"`{name}` is {type(text).__name__}, it must be a string")
+    others = {name: value for name, value in record.items() if name not in ("question", "context")}
+    return record["question"], record["context"], others
+
+
+def which_devices(device: Any) -> list[jax.Device] | None:
+    """The devices that transformers' `device` names; None, all of them, for None."""
+    if device is None:
+        return None
+    if isinstance(device, jax.Device):
+        return [device]
+    name = str(device)  # also that of a torch.device
+    if name in ("-1", "cpu"):
+        return jax.local_devices(backend="cpu")[:1]
+    kind, _, number = name.partition(":")
+    if kind.isdigit():
+        kind, number = "", kind
+    kind = "gpu" if kind == "cuda" else kind
+    if not (number or "0").isdigit():
+        raise UsageError(f"device {name!r} is not understood")
+    try:
+        devices = jax.local_devices(backend=kind or None)
+    except RuntimeError:
+        devices = []
+    if int(number or 0) >= len(devices) or (not kind and devices[0].platform == "cpu"):
+        there = ", ".join(f"{each.platform}:{each.id}" for each in jax.local_devices())
+        raise UsageError(f"there is no device {name!r}; this process has {there}")
+    return [devices[int(number or 0)]]
+
+
+def read_tokenizer(tokenizer: Any) -> tuple[tokenizers.Tokenizer, int]:
+    """A tokenizer of ours from what a user names, and its `model_max_length`."""
+    if isinstance(tokenizer, (str, Path)):
+        directory, _ = checkpoint.locate(tokenizer)
+        return checkpoint.load_tokenizer(directory)[0], longest_of(directory)
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise UsageError(
+            f"tokenizer is a {type(tokenizer).__name__}; flaxqa takes a directory, a "
+            "tokenizers.Tokenizer or a fast tokenizer of transformers"
+        )
+    if getattr(tokenizer, "padding_side", "right") != "right":
+        raise UsageError("the tokenizer pads on the left, which flaxqa does not")
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy, int(min(getattr(tokenizer, "model_max_length", 384), 1 << 30))
+
+
+def longest_of(directory: Path) -> int:
+    """`model_max_length` of the directory's tokenizer_config.json; without one, any length."""
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    value = settings.get("model_max_length")
+    return int(value) if isinstance(value, (int, float)) and 1 <= value < 1 << 30 else 1 << 30

@@ -1,0 +1,434 @@
+"""The object a user holds: questions and contexts in, answers out, one or any number of them.
+
+`Reader.answers` takes records from any iterable, a chunk at a time, and gives their answers in the
+order of the records; memory depends on the chunk, not on how many there are. How answers are chosen
+is the rule `spans` of `flaxqa.answers`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar, Unpack
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from flaxqa import answers, checkpoint, features, predict
+from flaxqa.answers import Answer, Answers
+from flaxqa.checkpoint import Checkpoint
+from flaxqa.errors import DataError, ModelRejected, UsageError
+from flaxqa.features import Example, Feature
+from flaxqa.predict import Logits
+
+MAX_LENGTH, DOC_STRIDE = 384, 128
+RECORDS_PER_CHUNK = 1_024
+CHARACTERS_PER_CHUNK = 4_000_000  # so that a few huge contexts do not fill the memory
+NOT_FINITE = "the model's logits are not finite"
+
+Item = TypeVar("Item")
+
+
+class AnswerOptions(TypedDict, total=False):
+    """How answers are chosen; what each means is told by `Reader.answers`."""
+
+    top_k: int
+    max_answer_length: int
+    align_to_words: bool
+    overlapping: bool
+    min_score: float
+    no_answer_threshold: float | None
+
+
+@dataclasses.dataclass
+class Spent:
+    """What some work took: seconds of each stage, and counts.
+
+    Attributes:
+      device_seconds: without those spent compiling.
+      tokens: of the windows, without padding.
+      computed_tokens: with padding.
+    """
+
+    tokenize_seconds: float = 0.0
+    device_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    windows: int = 0
+    tokens: int = 0
+    computed_tokens: int = 0
+
+    def add(self, other: Spent) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: DTypeLike = "float32",
+    parallel: str = "jit",
+    devices: int | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    doc_stride: int | None = None,
+    windows: str = "overlap",
+    matmul_precision: str = "float32",
+) -> Reader:
+    """A reader of a DistilBERT or BERT question-answering checkpoint.
+
+    Compiled code is kept in JAX's cache (see `flaxqa.predict.use_compilation_cache`), so a later
+    process starts faster.
+
+    Args:
+      model: a directory, or a hub id such as `distilbert/distilbert-base-uncased-distilled-squad`.
+      revision: branch, tag or commit of a hub model.
+      dtype: of weights and operands: float32, bfloat16, float16.
+      parallel: "jit" or "pmap", how rows are split over the devices.
+      devices: how many of this process's devices to use; None for all.
+      batch_size: windows of a batch on all devices together; None for as many as suit the device.
+      max_length: tokens of a window; None for 384, or the checkpoint's positions if fewer.
+      doc_stride: tokens that neighbouring windows share; None for 128, or half a window if less.
+      windows: "overlap" or "mlperf", how a long context is cut; see `flaxqa.features`.
+      matmul_precision: of float32 products, see `flaxqa.predict.Predictor`.
+
+    Raises:
+      ModelRejected: the checkpoint is damaged, unsafe, or not one that is computed.
+      UsageError: an option cannot be used, or there is no such directory or repository.
+      TryAgain: the hub cannot be reached and its cache has no copy.
+    """
+    predict.use_compilation_cache()
+    loaded = checkpoint.load(model, revision=revision, dtype=dtype)
+    return Reader(
+        loaded,
+        parallel=parallel,
+        devices=devices,
+        batch_size=batch_size,
+        max_length=max_length,
+        doc_stride=doc_stride,
+        windows=windows,
+        matmul_precision=matmul_precision,
+    )
+
+
+class Reader:
+    """Answers questions about texts with the words of the texts.
+
+    Attributes:
+      checkpoint: the model, its tokenizer, and where they came from.
+      predictor: the compiled model on its devices.
+      max_length: tokens of a window.
+      doc_stride: tokens that neighbouring windows share.
+      windows: how a long context is cut.
+    """
+
+    def __init__(
+        self,
+        loaded: Checkpoint,
+        *,
+        max_length: int | None = None,
+        doc_stride: int | None = None,
+        windows: str = "overlap",
+        max_question_length: int | None = None,
+        **devices: Any,
+    ):
+        """See `load`; `devices` are the other options of `flaxqa.predict.Predictor`."""
+        if max_length is None:
+            max_length = min(MAX_LENGTH, loaded.config.max_position_embeddings)
+        if doc_stride is None:
+            doc_stride = min(DOC_STRIDE, max_length // 2)
+        features.default_question_limit(max_length, doc_stride, windows)  # refuses what cannot be
+        self.checkpoint = loaded
+        self.max_length, self.doc_stride, self.windows = max_length, doc_stride, windows
+        self.max_question_length = max_question_length
+        self.predictor = predict.Predictor(loaded.model, max_length=max_length, **devices)
+        self.known: dict[str, features.Tokens] = {}
+
+    def answer(self, question: str, context: str, **options: Unpack[AnswerOptions]) -> Answers:
+        """The best answers to one question about one context, best first: always a list.
+
+        Args:
+          question: what to ask.
+          context: the text that holds the answer.
+          **options: those of `answers`.
+
+        Raises:
+          DataError: the question or the context is blank, or has a lone surrogate.
+          ModelRejected: the model gives logits that are not finite.
+        """
+        record = {"question": question, "context": context}
+        (found,) = self.answers([record], **options)
+        if found.error == NOT_FINITE:
+            raise ModelRejected(NOT_FINITE)
+        if found.error is not None:
+            raise DataError(found.error)
+        return found
+
+    def answers(
+        self,
+        records: Iterable[Any],
+        *,
+        top_k: int = 1,
+        max_answer_length: int = answers.MAX_ANSWER_LENGTH,
+        align_to_words: bool = True,
+        overlapping: bool = False,
+        min_score: float = 0.0,
+        no_answer_threshold: float | None = None,
+        chunk_size: int = RECORDS_PER_CHUNK,
+    ) -> Iterator[Answers]:
+        """Streams any number of records through the model, in bounded memory and in their order.
+
+        Each result is a list of answers whose `record` is the record as it came, with its id and
+        whatever else it has. A record that cannot be asked gives an empty list with the reason in
+        `error`; it never stops the others.
+
+        Args:
+          records: mappings with `question` and `context`, pairs of them, or `Example`s; from any
+            iterable, which is read a chunk ahead.
+          top_k: how many answers at most. Those to a smaller number are the first of those to a
+            larger one.
+          max_answer_length: in tokens, before an answer is widened to words.
+          align_to_words: whether an answer is widened to whole words.
+          overlapping: whether an answer may share characters with a better one.
+          min_score: answers with a lower `score` are left out.
+          no_answer_threshold: in [0, 1]; where `no_answer_score` is above it the list is empty. 0.5
+            is run_qa's rule. None, for models that know no unanswerable questions, never asks.
+          chunk_size: how many records run together. A smaller number answers the first ones sooner
+            and wastes more on padding.
+
+        Raises:
+          UsageError: an option has a value that cannot be.
+        """
+        for name, value in (
+            ("top_k", top_k), ("max_answer_length", max_answer_length), ("chunk_size", chunk_size)
+        ):  # fmt: skip
+            if value < 1:
+                raise UsageError(f"{name} is {value}, it must be at least 1")
+        for name, share in (("min_score", min_score), ("no_answer_threshold", no_answer_threshold)):
+            if share is not None and not 0 <= share <= 1:
+                raise UsageError(f"{name} is {share}, it must be from 0 to 1")
+
+        if isinstance(records, (str, Mapping)):
+            raise UsageError("records are an iterable of records; for one there is answer()")
+
+        def decode(
+            examples: Sequence[Example], windows: Sequence[Feature], logits: Sequence[Logits]
+        ) -> list[Answers]:
+            return answers.decode_spans(
+                examples,
+                windows,
+                logits,
+                top_k=top_k,
+                max_answer_length=max_answer_length,
+                align_to_words=align_to_words,
+                overlapping=overlapping,
+            )
+
+        def stream() -> Iterator[Answers]:
+            for chunk in chunks(records, chunk_size, size_of=characters):
+                examples = [as_example(record) for record in chunk]
+                found, _ = self.answer_chunk(examples, decode)
+                for record, one in zip(chunk, found, strict=True):
+                    one.record = record
+                    no_answer = no_answer_threshold is not None and (
+                        one.no_answer_score > no_answer_threshold
+                    )
+                    one[:] = [] if no_answer else [a for a in one if a.score >= min_score]
+                    yield one
+
+        return stream()
+
+    def answer_questions(
+        self, questions: Iterable[str], context: str, **options: Unpack[AnswerOptions]
+    ) -> list[Answers]:
+        """The answers to each of many questions about one context, which is tokenized once.
+
+        A question that cannot be asked has its reason in `error`, as in `answers`.
+
+        Args:
+          questions: what to ask.
+          context: the text that holds the answers.
+          **options: those of `answers`.
+        """
+        records = ({"question": question, "context": context} for question in questions)
+        return list(self.answers(records, **options))
+
+    def search(
+        self, question: str, contexts: Iterable[str], **options: Unpack[AnswerOptions]
+    ) -> Answers:
+        """The best answers to one question in any number of contexts, best first.
+
+        The contexts compete as if they were the windows of one: by the sum of start and end logit,
+        with scores out of one softmax over all of them ("shared normalization", Clark and Gardner
+        2017, https://arxiv.org/abs/1710.10723). `Answer.context` says which context an answer is
+        from. Contexts that cannot be asked are named in `error`.
+
+        Args:
+          question: what to ask.
+          contexts: the texts, from any iterable; memory does not grow with their number.
+          **options: those of `answers`; `min_score` and `no_answer_threshold` are asked of all
+            contexts together.
+
+        Raises:
+          DataError: the question is blank, or has a lone surrogate.
+        """
+        if (reason := why_not_text("question", question)) is not None:
+            raise DataError(reason)
+        top_k = options.get("top_k", 1)
+        min_score = options.pop("min_score", 0.0)
+        threshold = options.pop("no_answer_threshold", None)
+        together, errors = Answers(), []
+        together.record = {"question": question}
+        best: list[tuple[float, int, int, Answer]] = []  # a heap, the worst first
+        null, normalizers = math.inf, np.full(2, -np.inf)
+        records = ({"question": question, "context": context} for context in contexts)
+        for index, found in enumerate(self.answers(records, **options)):
+            together.n_windows += found.n_windows
+            together.question_cut |= found.question_cut
+            if found.error is not None:
+                errors.append(f"context {index}: {found.error}")
+                continue
+            normalizers = np.logaddexp(normalizers, found.log_normalizers)
+            for rank, answer in enumerate(found):
+                total = answer.start_logit + answer.end_logit
+                if rank == 0:
+                    null = min(null, found.null_odds + total)
+                entry = (total, -index, -rank, dataclasses.replace(answer, context=index))
+                if len(best) < top_k:
+                    heapq.heappush(best, entry)
+                else:
+                    heapq.heappushpop(best, entry)
+        ranked = sorted(best, reverse=True)
+        if ranked:
+            together.null_odds = null - ranked[0][0]
+        together.log_normalizers = (float(normalizers[0]), float(normalizers[1]))
+        together.error = "; ".join(errors) or None
+        if threshold is None or together.no_answer_score <= threshold:
+            for *_, answer in ranked:
+                log_score = answer.start_logit + answer.end_logit - float(normalizers.sum())
+                answer = dataclasses.replace(answer, score=math.exp(min(log_score, 0.0)))
+                if answer.score >= min_score:
+                    together.append(answer)
+        return together
+
+    def windows_of(self, examples: Sequence[Example]) -> list[Feature]:
+        """The windows of examples that can be asked; see `flaxqa.features.make`."""
+        return features.make(
+            examples,
+            self.checkpoint.tokenizer,
+            max_length=self.max_length,
+            doc_stride=self.doc_stride,
+            windows=self.windows,
+            max_question_length=self.max_question_length,
+            known=self.known,
+        )
+
+    def answer_chunk(
+        self,
+        examples: Sequence[Example | str],
+        decode: Callable[
+            [Sequence[Example], Sequence[Feature], Sequence[Logits]], Sequence[Answers]
+        ],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> tuple[list[Answers], Spent]:
+        """Runs some examples together; what cannot be asked or answered has the reason in `error`.
+
+        Args:
+          examples: each an example, or why there is none.
+          decode: a decoder of `flaxqa.answers`, its options given.
+          progress: called with the numbers of windows just done and of all, batch by batch.
+        """
+        reasons = [
+            example if isinstance(example, str) else features.why_unanswerable(example)
+            for example in examples
+        ]
+        asked = [
+            example
+            for example, reason in zip(examples, reasons, strict=True)
+            if reason is None and isinstance(example, Example)
+        ]
+        clock = [time.perf_counter()]
+        windows = self.windows_of(asked)
+        clock.append(time.perf_counter())
+        compiled, computed = self.predictor.compile_seconds, self.predictor.computed_tokens
+        logits = self.predictor.predict(windows, lambda done: progress(done, len(windows)))
+        clock.append(time.perf_counter())
+        bad = answers.non_finite(windows, logits)
+        finite = [index for index, window in enumerate(windows) if window.example not in bad]
+        decoded = decode(
+            asked, [windows[index] for index in finite], [logits[index] for index in finite]
+        )
+        for window in windows:
+            decoded[window.example].n_windows += 1
+            decoded[window.example].question_cut = window.question_cut
+        for index in bad:
+            decoded[index].error = NOT_FINITE
+        clock.append(time.perf_counter())
+        spent = Spent(
+            tokenize_seconds=clock[1] - clock[0],
+            device_seconds=clock[2] - clock[1] - (self.predictor.compile_seconds - compiled),
+            decode_seconds=clock[3] - clock[2],
+            windows=len(windows),
+            tokens=sum(map(len, windows)),
+            computed_tokens=self.predictor.computed_tokens - computed,
+        )
+        answered = iter(decoded)
+        found = [next(answered) if reason is None else Answers() for reason in reasons]
+        for one, reason in zip(found, reasons, strict=True):
+            one.error = one.error or reason
+        return found, spent
+
+
+def chunks(
+    items: Iterable[Item], most: int | None = None, *, size_of: Callable[[Item], int]
+) -> Iterator[list[Item]]:
+    """The items in order, in lists of at most `most` and at most CHARACTERS_PER_CHUNK characters.
+
+    An item that is larger is alone. Where a list ends depends on nothing before its first item.
+    `most` is RECORDS_PER_CHUNK when left out.
+    """
+    most = RECORDS_PER_CHUNK if most is None else most
+    chunk: list[Item] = []
+    size = 0
+    for item in items:
+        size += size_of(item)
+        if chunk and (len(chunk) == most or size > CHARACTERS_PER_CHUNK):
+            yield chunk
+            chunk, size = [], size_of(item)
+        chunk.append(item)
+    if chunk:
+        yield chunk
+
+
+def as_example(record: Any) -> Example | str:
+    """The question and the context of a record, or why it has none."""
+    if isinstance(record, Example):
+        return record
+    names = ("question", "context")
+    if isinstance(record, tuple) and len(record) == 2:
+        record = dict(zip(names, record, strict=True))
+    if not isinstance(record, Mapping):
+        return f"the record is {type(record).__name__}, not a mapping, a pair or an Example"
+    for name in names:
+        if name not in record:
+            return f"the record has no {name}"
+        if not isinstance(record[name], str):
+            return f"the {name} is {type(record[name]).__name__}, not a string"
+    return Example("", record["question"], record["context"])
+
+
+def characters(record: Any) -> int:
+    """How much text a record has, as far as it has any."""
+    example = as_example(record)
+    return 0 if isinstance(example, str) else len(example.question) + len(example.context)
+
+
+def why_not_text(name: str, text: Any) -> str | None:
+    """Why this cannot be a question or a context, or None."""
+    if not isinstance(text, str):
+        return f"the {name} is {type(text).__name__}, not a string"
+    return features.why_unanswerable(Example("", **{"question": "?", "context": ".", name: text}))
