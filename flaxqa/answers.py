@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,8 +162,8 @@ class Table:
 
     def answers(
         self, owner: np.ndarray, window: np.ndarray, i: np.ndarray, j: np.ndarray, words: bool
-    ) -> list[Answers]:
-        """Spans of the columns i to j [A] as answers of their examples, in their order.
+    ) -> Iterator[tuple[int, Answer]]:
+        """Spans of the columns i to j [A] as (example, answer), in their order.
 
         With `words` each is widened to whole words of the context.
         """
@@ -173,10 +173,6 @@ class Table:
         )
         columns = (owner, window, i - self.begin[window], j - self.begin[window], score)
         rows = zip(*(column.tolist() for column in (*columns, i_logit, j_logit)), strict=True)
-        null, log_start, log_end = self.null(), self.log_start.tolist(), self.log_end.tolist()
-        found = [Answers() for _ in self.examples]
-        for index, answers in enumerate(found):
-            answers.log_normalizers = (log_start[index], log_end[index])
         for index, at, first, last, *numbers in rows:
             feature = self.features[at]
             context, base = feature.context, feature.part.start
@@ -184,11 +180,19 @@ class Table:
             if words:
                 first, last = whole_words(context, first, last)
             begin, end = int(context.offsets[first, 0]), int(context.offsets[last, 1])
-            text = self.examples[index].context[begin:end]
-            answers = found[index]
-            if not answers:
-                answers.null_odds = float(null[index] - numbers[1] - numbers[2])
-            answers.append(Answer(text, begin, end, *numbers))
+            yield index, Answer(self.examples[index].context[begin:end], begin, end, *numbers)
+
+    def collected(self, answers: Iterable[tuple[int, Answer]]) -> list[Answers]:
+        """The answers of each example, its best first, with what belongs to all of them."""
+        found = [Answers() for _ in self.examples]
+        for index, answer in answers:
+            found[index].append(answer)
+        columns = (self.null(), self.log_start, self.log_end)
+        rows = zip(found, *(column.tolist() for column in columns), strict=True)
+        for one, null, log_start, log_end in rows:
+            one.log_normalizers = (log_start, log_end)
+            if one:
+                one.null_odds = null - one[0].start_logit - one[0].end_logit
         return found
 
 
@@ -229,35 +233,58 @@ def decode_spans(
     """
     if top_k < 1 or max_answer_length < 1:
         raise ValueError(f"top_k {top_k} and max_answer_length {max_answer_length} must be >= 1")
-    found = [Answers() for _ in examples]
-    todo = list(range(len(examples)))
-    # Some candidates fall away as parts of better ones: if too many do, more are looked at.
-    n = 1 if top_k == 1 else 4 * top_k + 16
-    windows = list(zip(features, logits, strict=True))
-    while windows:
-        table = Table(examples, *zip(*windows, strict=True))
-        candidates = spans(table, n, max_answer_length, align_to_words)
-        again = []
-        for index in todo:
-            found[index] = keep(candidates[index], top_k, overlapping)
-            if len(found[index]) < top_k and len(candidates[index]) == n:
-                again.append(index)
-        todo, n = again, 4 * n
-        left = set(todo)
-        windows = [(feature, scores) for feature, scores in windows if feature.example in left]
+    if not features:
+        return [Answers() for _ in examples]
+    table = Table(examples, features, logits)
+    start, end = inside_contexts(table)
+    if overlapping:
+        return overlapping_spans(table, start, end, top_k, max_answer_length, align_to_words)
+    found = table.collected(spans(table, start, end, 1, max_answer_length, align_to_words))
+    # Once a span is taken, the next best is searched among those without any of its tokens.
+    taken = np.zeros(start.shape, np.bool_)
+    active = np.arange(len(features))
+    for rank in range(1, top_k):
+        active = np.array([row for row in active if len(found[table.example[row]]) == rank], int)
+        if not len(active):
+            break
+        for row in active.tolist():
+            last = found[table.example[row]][-1]
+            offsets = features[row].offsets
+            # A token without characters, as a normalizer may leave, is taken with its place.
+            width = np.maximum(offsets[:, 1] - offsets[:, 0], 1)
+            covered = (offsets[:, 0] < last.end) & (offsets[:, 0] + width > last.start)
+            taken[row, table.begin[row] : table.stop[row]] |= covered
+        i, j, total = free_spans(start[active], end[active], taken[active], max_answer_length)
+        order = np.lexsort((-total, table.example[active]))
+        order = order[total[order] > -np.inf]
+        owner, first = np.unique(table.example[active[order]], return_index=True)
+        chosen = order[first]
+        spans_found = owner, active[chosen], i[chosen], j[chosen]
+        for index, answer in table.answers(*spans_found, align_to_words):
+            found[index].append(answer)
     return found
 
 
-def spans(table: Table, n: int, max_answer_length: int, align_to_words: bool) -> list[Answers]:
-    """The n highest spans of each example, equal sums ordered by window and position."""
+def inside_contexts(table: Table) -> tuple[np.ndarray, np.ndarray]:
+    """Start and end logits [W, T], -inf where no answer may begin or end."""
     column = np.arange(table.start.shape[1])
     inside = (column >= table.begin[:, None]) & (column < table.stop[:, None])
     may_start = inside.copy()
     for row, feature in enumerate(table.features):
         if feature.counts is not None:
             may_start[row, inside[row]] = feature.counts
-    start = np.where(may_start, table.start, -np.inf)
-    end = np.where(inside, table.end, -np.inf)
+    return np.where(may_start, table.start, -np.inf), np.where(inside, table.end, -np.inf)
+
+
+def spans(
+    table: Table,
+    start: np.ndarray,
+    end: np.ndarray,
+    n: int,
+    max_answer_length: int,
+    align_to_words: bool,
+) -> Iterator[tuple[int, Answer]]:
+    """The n highest spans of each example, equal sums ordered by window and position."""
     # The best sum that begins at each column. A span among the n best begins in one of the n best
     # of these, so only those starts are paired with every end.
     first = best(start + highest_ahead(end, max_answer_length), n)
@@ -272,6 +299,48 @@ def spans(table: Table, n: int, max_answer_length: int, align_to_words: bool) ->
     return table.answers(owner, window, i, i + pair % max_answer_length, align_to_words)
 
 
+def overlapping_spans(
+    table: Table,
+    start: np.ndarray,
+    end: np.ndarray,
+    top_k: int,
+    max_answer_length: int,
+    align_to_words: bool,
+) -> list[Answers]:
+    """The `top_k` highest spans of each example, each place once."""
+    n = 2 * top_k + 8
+    while True:  # windows share tokens, and words have several: places come more than once
+        candidates = table.collected(spans(table, start, end, n, max_answer_length, align_to_words))
+        short = False
+        for one in candidates:
+            places = {(answer.start, answer.end): answer for answer in reversed(one)}
+            short |= len(places) < top_k and len(one) == n
+            kept = [answer for answer in one if places[answer.start, answer.end] is answer]
+            one[:] = kept[:top_k]
+        if not short:
+            return candidates
+        n *= 4
+
+
+def free_spans(
+    start: np.ndarray, end: np.ndarray, taken: np.ndarray, max_answer_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each row the columns i and j [W] of the best span without a taken token, and its sum."""
+    width = start.shape[1]
+    free = ~taken
+    total, length = np.full(start.shape, -np.inf), np.zeros(start.shape, int)
+    for more in range(min(max_answer_length, width)):
+        # free[:, i]: whether none of the tokens from i to i + more is taken
+        free = free[:, : width - more] & ~taken[:, more:]
+        sums = np.where(free, start[:, : width - more] + end[:, more:], -np.inf)
+        better = sums > total[:, : width - more]
+        total[:, : width - more][better] = sums[better]
+        length[:, : width - more][better] = more
+    i = total.argmax(axis=1)
+    row = np.arange(len(total))
+    return i, i + length[row, i], total[row, i]
+
+
 def highest_ahead(values: np.ndarray, width: int) -> np.ndarray:
     """[W, T], the highest of each value and the `width` - 1 that follow it."""
     highest, reach = values, 1
@@ -281,22 +350,6 @@ def highest_ahead(values: np.ndarray, width: int) -> np.ndarray:
         shifted[:, :-step] = highest[:, step:]
         highest, reach = np.maximum(highest, shifted), reach + step
     return highest
-
-
-def keep(candidates: Answers, top_k: int, overlapping: bool) -> Answers:
-    """The first `top_k` that are not already there, in whole or (not `overlapping`) in part."""
-    kept = Answers()
-    kept.null_odds, kept.log_normalizers = candidates.null_odds, candidates.log_normalizers
-    for answer in candidates:
-        if overlapping:
-            there = any((answer.start, answer.end) == (one.start, one.end) for one in kept)
-        else:
-            there = any(answer.start < one.end and one.start < answer.end for one in kept)
-        if not there:
-            kept.append(answer)
-            if len(kept) == top_k:
-                break
-    return kept
 
 
 def decode_squad(
@@ -339,7 +392,7 @@ def decode_squad(
     owner, window, pair, _ = table.candidates(sums.reshape(len(features), -1), n_best)
     i = first[window, pair // last.shape[1]]
     j = last[window, pair % last.shape[1]]
-    return table.answers(owner, window, i, j, words=False)
+    return table.collected(table.answers(owner, window, i, j, words=False))
 
 
 def probabilities(answers: Sequence[Answer]) -> list[float]:

@@ -45,6 +45,19 @@ MODULE_NAMES = {
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 JSON_LIMIT = 64 << 20  # bytes; bert-base-uncased's tokenizer.json has 0.7 MB
+# Settings of tokenizer_config.json, and what the tokenizer calls them.
+NORMALIZER = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+TOKENIZER_CLASSES = (
+    None,
+    "BertTokenizer",
+    "BertTokenizerFast",
+    "DistilBertTokenizer",
+    "DistilBertTokenizerFast",
+)
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -221,39 +234,27 @@ def load_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
     """The directory's tokenizer, and the names of the files that made it.
 
     `tokenizer.json` is taken as it is but for the truncation and padding that its fine-tuning left
-    in it; of older checkpoints `vocab.txt` and `do_lower_case` of `tokenizer_config.json`.
+    in it; of older checkpoints `vocab.txt` and the settings of `tokenizer_config.json`.
 
     Raises:
-      ModelRejected: no tokenizer, a damaged one, or two files that contradict each other.
+      ModelRejected: no tokenizer, a damaged one, one that is not BERT's, or two files that
+        contradict each other.
     """
     names = ["tokenizer_config.json"] if (directory / "tokenizer_config.json").exists() else []
-    settings = read_json(directory, names[0]) if names else {}
-    lowercase = settings.get("do_lower_case")
-    if lowercase not in (True, False, None):
-        raise ModelRejected(
-            f"{directory / names[0]}: do_lower_case is {lowercase!r}, it must be true or false"
-        )
+    content = read_json(directory, names[0]) if names else {}
+    settings = {key: content[key] for key in NORMALIZER if content.get(key) is not None}
+    for key, value in settings.items():
+        if not isinstance(value, bool):
+            raise ModelRejected(
+                f"{directory / names[0]}: {key} is {value!r}, it must be true or false"
+            )
     if (directory / "tokenizer.json").exists():
         names.append("tokenizer.json")
-        content = read_json(directory, "tokenizer.json")
-        path = directory / "tokenizer.json"
-        try:
-            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic of the Rust library is not an Exception
-            raise ModelRejected(f"{path} is not a tokenizer: {error}") from error
-        stored = (content.get("normalizer") or {}).get("lowercase")
-        if lowercase is not None and stored is not None and stored is not lowercase:
-            raise ModelRejected(
-                f"{path} has lowercase {stored}, tokenizer_config.json has do_lower_case "
-                f"{lowercase}"
-            )
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer, names
+        return read_tokenizer(directory, settings), names
     if not (directory / "vocab.txt").exists():
         raise ModelRejected(f"{directory} has neither tokenizer.json nor vocab.txt")
+    if (kind := content.get("tokenizer_class")) not in TOKENIZER_CLASSES:
+        raise ModelRejected(f"{directory / names[0]}: tokenizer_class {kind!r} is not computed")
     path = weights.inside(directory, "vocab.txt")
     try:
         tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -263,11 +264,47 @@ def load_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
     if len(vocab) != len(tokens):
         raise ModelRejected(f"{path} has {len(tokens) - len(vocab)} tokens twice")
     names.append("vocab.txt")
-    return bert_tokenizer(vocab, lowercase=lowercase is not False), names
+    return bert_tokenizer(vocab, **{NORMALIZER[key]: settings[key] for key in settings}), names
 
 
-def bert_tokenizer(vocab: Mapping[str, int], *, lowercase: bool) -> tokenizers.Tokenizer:
+def read_tokenizer(directory: Path, settings: Mapping[str, bool]) -> tokenizers.Tokenizer:
+    """`tokenizer.json`, without truncation and padding."""
+    content = read_json(directory, "tokenizer.json")
+    path = directory / "tokenizer.json"
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the Rust library is not an Exception
+        raise ModelRejected(f"{path} is not a tokenizer: {error}") from error
+    normalizer = content.get("normalizer") or {}
+    for key, value in settings.items():
+        stored = normalizer.get(NORMALIZER[key], value)
+        if stored is None:  # accents go with upper case
+            stored = normalizer.get("lowercase")
+        if stored is not value:
+            raise ModelRejected(
+                f"{path} has {NORMALIZER[key]} {stored}, tokenizer_config.json has {key} {value}"
+            )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def bert_tokenizer(
+    vocab: Mapping[str, int],
+    *,
+    lowercase: bool = True,
+    strip_accents: bool | None = None,
+    handle_chinese_chars: bool = True,
+) -> tokenizers.Tokenizer:
     """BERT's WordPiece tokenizer over a vocabulary.
+
+    Args:
+      vocab: {token: id}.
+      lowercase: whether upper case is made lower case.
+      strip_accents: whether accents are taken off letters; None does so where `lowercase` is set.
+      handle_chinese_chars: whether each Chinese character is a word.
 
     Raises:
       ModelRejected: one of SPECIAL_TOKENS is not in it.
@@ -277,7 +314,11 @@ def bert_tokenizer(vocab: Mapping[str, int], *, lowercase: bool) -> tokenizers.T
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordPiece(vocab=dict(vocab), unk_token="[UNK]")  # noqa: S106 (no password)
     )
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
+        lowercase=lowercase,
+        strip_accents=strip_accents,
+        handle_chinese_chars=handle_chinese_chars,
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = tokenizers.processors.BertProcessing(
         ("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"])
@@ -444,11 +485,12 @@ def save(
         weights.SAFETENSORS: serialized,
     }
     if tokenizer is not None:
-        normalizer = json.loads(tokenizer.to_str())["normalizer"]
+        normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
         settings = {
+            # transformers takes its own default for what is left out, whatever tokenizer.json says.
+            **{key: normalizer[name] for key, name in NORMALIZER.items() if name in normalizer},
             "tokenizer_class": type(model).__name__.removesuffix("ForQuestionAnswering")
             + "Tokenizer",
-            "do_lower_case": normalizer["lowercase"],
             "model_max_length": model.config.max_position_embeddings,
         }
         contents["tokenizer.json"] = tokenizer.to_str(pretty=True).encode()

@@ -184,7 +184,7 @@ class BertConfig(EncoderConfig):
     }
     COMPUTED = {  # noqa: RUF012
         **EncoderConfig.COMPUTED,
-        "position_embedding_type": (None, "absolute"),
+        "position_embedding_type": ("absolute",),
         "is_decoder": (None, False),
         "add_cross_attention": (None, False),
     }
@@ -416,6 +416,7 @@ class QuestionAnsweringModel(nnx.Module):
         """Scores every token as the first and as the last of the answer; compiled once a shape.
 
         Takes what a transformers tokenizer returns: `model(**tokenizer(..., return_tensors="np"))`.
+        To PyTorch's tensors it answers with PyTorch's tensors, without gradients.
 
         Args:
           input_ids: [B, T] ids of `[CLS] question [SEP] context [SEP]`, padded to T.
@@ -436,17 +437,24 @@ class QuestionAnsweringModel(nnx.Module):
             attention_mask = np.ones(shape, np.int32)
         if token_type_ids is None or not self.config.type_vocab_size:
             token_type_ids = np.zeros(shape, np.int32)
-        self.check(input_ids, attention_mask, token_type_ids)
+        given = [
+            each if isinstance(each, jax.Array) else np.asarray(each)
+            for each in (input_ids, attention_mask, token_type_ids)
+        ]
+        self.check(*given)
         graphdef, state = nnx.split(self)
-        return _jitted_forward(
+        output = _jitted_forward(
             graphdef,
             state,
-            jnp.asarray(input_ids, jnp.int32),
-            jnp.asarray(attention_mask, jnp.int32),
-            jnp.asarray(token_type_ids, jnp.int32),
+            *(jnp.asarray(each, jnp.int32) for each in given),
             output_hidden_states,
             output_attentions,
         )
+        if type(input_ids).__module__.partition(".")[0] == "torch":
+            import torch
+
+            return jax.tree.map(lambda array: torch.from_numpy(np.array(array)), output)
+        return output
 
     @property
     def encoder(self) -> Encoder:

@@ -151,9 +151,13 @@ def renamed(tensors: Iterable[tuple[str, np.ndarray]]) -> Tensors:
 
 def read_safetensors(path: Path) -> Tensors:
     try:
+        with safetensors.safe_open(path, "numpy") as file:
+            layout = (file.metadata() or {}).get("format")
         entries = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError as error:
         raise ModelRejected(f"{path} is not a whole safetensors file: {error}") from error
+    if layout in ("tf", "flax"):
+        raise ModelRejected(f"{path} is in the layout of {layout!r}, only PyTorch's is read")
     tensors = []
     for name, entry in entries:
         if (dtype := SAFETENSORS_DTYPES.get(entry["dtype"])) is None:

@@ -31,6 +31,14 @@ TINY = {
     "n_layers": 2,
     "hidden_dim": 64,
 }
+TINY_BERT = {
+    "vocab_size": len(VOCAB),
+    "max_position_embeddings": 64,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+}
 
 
 def hub_problem() -> str | None:
@@ -79,6 +87,21 @@ def random_torch_model(**changes):
     return model
 
 
+def random_torch_bert(**changes):
+    """A torch BERT, likewise."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.BertForQuestionAnswering(
+        transformers.BertConfig(**{**TINY_BERT, **changes})
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
 @pytest.fixture(scope="session")
 def reference():
     return random_torch_model()
@@ -113,6 +136,15 @@ def folder(tmp_path, reference):
     path = tmp_path / "checkpoint"
     reference.save_pretrained(path)
     write_config(path)
+    write_tokenizer(path)
+    return path
+
+
+@pytest.fixture
+def bert_folder(tmp_path):
+    """A whole tiny BERT checkpoint as transformers saves it, with an epsilon of its own."""
+    path = tmp_path / "bert"
+    random_torch_bert(layer_norm_eps=1e-3).save_pretrained(path)
     write_tokenizer(path)
     return path
 

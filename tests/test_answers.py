@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -138,3 +139,120 @@ def test_logits_that_are_not_finite_are_refused_by_example(value):
 def test_limits_below_one_are_refused(limits):
     with pytest.raises(ValueError, match="must be >= 1"):
         answers.decode_squad([], [], [], **limits)
+
+
+# ------------------------------------------------------------------------------------------- spans
+
+
+def brute_force(examples, features, logits, top_k, longest, overlapping):
+    """The reader's rule written out: every span of every window, best first, none twice."""
+    found = []
+    for index in range(len(examples)):
+        spans = []
+        for feature, scores in zip(features, logits, strict=True):
+            if feature.example != index:
+                continue
+            begin, size = feature.context_start, len(feature.offsets)
+            base, words = feature.part.start, feature.context.words.tolist()
+            for i in range(size):
+                if feature.counts is not None and not feature.counts[i]:
+                    continue
+                for j in range(i, min(i + longest, size)):
+                    total = float(scores.start[begin + i]) + float(scores.end[begin + j])
+                    # A token is a character: the word's first and last are its place.
+                    start = words.index(words[base + i])
+                    end = len(words) - words[::-1].index(words[base + j])
+                    spans.append((total, start, end))
+        kept = []
+        for total, start, end in sorted(spans, key=lambda span: -span[0]):
+            if overlapping:
+                there = any((start, end) == one[1:] for one in kept)
+            else:
+                there = any(start < one[2] and one[1] < end for one in kept)
+            if not there:
+                kept.append((total, start, end))
+        found.append(kept[:top_k])
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("overlapping", [False, True])
+@pytest.mark.parametrize(("top_k", "longest"), [(1, 30), (3, 5), (10, 30), (60, 4)])
+def test_the_spans_are_those_of_searching_every_one(seed, overlapping, top_k, longest):
+    rng = np.random.default_rng(seed)
+    examples, features, logits = random_case(rng, n_examples=8)
+    characters = np.arange(60)
+    contexts = []
+    for _ in examples:
+        words = np.cumsum(rng.random(60) < 0.6) if seed % 2 else characters
+        contexts.append(Tokens(characters, np.stack((characters, characters + 1), 1), words))
+    for row, feature in enumerate(features):
+        start, stop = int(feature.offsets[0, 0]), int(feature.offsets[-1, 1])
+        features[row] = dataclasses.replace(
+            feature,
+            context=contexts[feature.example],
+            part=slice(start, stop),
+            counts=rng.random(stop - start) < 0.7 if seed == 5 else None,
+        )
+    options = {"max_answer_length": longest, "overlapping": overlapping}
+    found = answers.decode_spans(examples, features, logits, top_k=top_k, **options)
+    expected = brute_force(examples, features, logits, top_k, longest, overlapping)
+    for example, got, wanted in zip(examples, found, expected, strict=True):
+        assert [(one.start, one.end) for one in got] == [span[1:] for span in wanted]
+        sums = [one.start_logit + one.end_logit for one in got]
+        np.testing.assert_allclose(sums, [span[0] for span in wanted], atol=1e-6)
+        assert all(one.text == example.context[one.start : one.end] for one in got)
+    every = answers.decode_spans(examples, features, logits, top_k=80, **options)
+    assert [one[:top_k] for one in every] == [list(one) for one in found]
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_spans_of_equal_sums_come_in_order_whatever_top_k_is(overlapping):
+    features = [window(0, 1, [(i, i + 1) for i in range(6)]) for _ in range(2)]
+    flat = [Logits(*np.zeros((2, len(features[0])), np.float32))] * 2
+    example = Example("1", "q", "abcdef")
+    every = answers.decode_spans([example], features, flat, top_k=30, overlapping=overlapping)[0]
+    expected = list("abcdef") if not overlapping else ["a", "ab", "abc"]
+    assert [one.text for one in every][: len(expected)] == expected
+    for top_k in range(1, 22):
+        (found,) = answers.decode_spans(
+            [example], features, flat, top_k=top_k, overlapping=overlapping
+        )
+        assert found == every[:top_k]
+
+
+def test_an_answer_begins_only_in_the_window_with_the_most_context():
+    """The `mlperf` cutting: the second window has the higher logits, the first one may answer."""
+    offsets = [(i, i + 1) for i in range(4)]
+    shown = np.array([True, True, True, True])
+    features = [window(0, 1, offsets, counts=shown), window(0, 1, offsets, counts=~shown)]
+    logits = [Logits(*np.full((2, 8), value, np.float32)) for value in (0.0, 5.0)]
+    logits[0].start[4] = 1
+    example = Example("1", "q", "abcd")
+    for decode in (answers.decode_spans, answers.decode_squad):
+        (found,) = decode([example], features, logits)
+        assert (found[0].text, found[0].start_logit) == ("b", 1.0)
+
+
+def test_null_odds_are_those_of_run_qa():
+    """The lowest sum of [CLS]'s logits in any window, less the best span's."""
+    features = [window(0, 1, [(0, 1)]), window(0, 1, [(1, 2)]), window(2, 1, [])]
+    logits = [Logits(*np.zeros((2, len(feature)), np.float32)) for feature in features]
+    logits[0].start[0], logits[0].end[0] = 4, 3
+    logits[1].start[0], logits[1].end[0] = 2, 1
+    logits[1].start[3], logits[1].end[3] = 0.5, 0.25
+    examples = [Example(str(i), "q", "ab") for i in range(3)]
+    for decode in (answers.decode_spans, answers.decode_squad):
+        found = decode(examples, features, logits)
+        assert found[0][0].text == "b"
+        assert found[0].null_odds == 3 - 0.75
+        assert found[0].no_answer_score == pytest.approx(1 / (1 + math.exp(-2.25)))
+        assert [one.null_odds for one in found[1:]] == [math.inf, math.inf]
+        assert found[1].no_answer_score == 1.0
+
+
+def test_limits_of_spans_below_one_are_refused():
+    for limits in ({"top_k": 0}, {"max_answer_length": 0}):
+        with pytest.raises(ValueError, match="must be >= 1"):
+            answers.decode_spans([], [], [], **limits)
+    assert answers.decode_spans([Example("1", "q", "c")], [], []) == [[]]

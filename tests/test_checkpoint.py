@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, random_torch_model, write_config, write_tokenizer
+from flax import nnx
 from test_model import largest_difference, torch_output
 from test_weights import (
     Payload,
@@ -17,6 +18,7 @@ from test_weights import (
     write_torch_legacy,
 )
 
+import flaxqa
 from flaxqa import checkpoint, features, weights
 from flaxqa.errors import ModelRejected, TryAgain, UsageError
 from flaxqa.features import Example
@@ -375,3 +377,154 @@ def test_a_half_filled_offline_cache_is_no_fault_of_the_checkpoint(hub_cache, tm
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(TryAgain, match="is not in the hub's cache"):
         checkpoint.load("someone/tiny-squad")
+
+
+# -------------------------------------------------------------------------------------------- BERT
+
+
+def test_a_bert_checkpoint_loads_by_its_model_type(bert_folder, batch):
+    import transformers
+
+    loaded = checkpoint.load(bert_folder)
+    assert type(loaded.model).__name__ == "BertForQuestionAnswering"
+    assert loaded.config.layer_norm_eps == 1e-3
+    reference = transformers.BertForQuestionAnswering.from_pretrained(bert_folder).eval()
+    expected = torch_output(reference, *batch)
+    out = loaded.model(*batch)
+    assert largest_difference(out.start_logits, expected.start_logits, batch[1] == 1) < 1e-4
+    with pytest.raises(ModelRejected, match="is a checkpoint of BertForQuestionAnswering"):
+        flaxqa.DistilBertForQuestionAnswering.from_pretrained(bert_folder)
+
+
+@pytest.mark.parametrize("write", [write_torch, write_torch_legacy, write_hdf5, write_msgpack])
+def test_a_bert_checkpoint_of_every_format_is_the_same(bert_folder, write):
+    tensors = dict(weights.read(bert_folder))
+    plain = checkpoint.load(bert_folder).model
+    (bert_folder / "model.safetensors").unlink()
+    write(bert_folder, tensors)
+    for a, b in zip(
+        jax.tree.leaves(nnx.state(plain)),
+        jax.tree.leaves(nnx.state(checkpoint.load(bert_folder).model)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_old_bert_checkpoints_have_besides_is_ignored_with_the_reason(bert_folder):
+    tensors = dict(weights.read(bert_folder))
+    renamed = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for name, tensor in tensors.items()
+    }
+    renamed["bert.pooler.dense.weight"] = np.ones((32, 32), np.float32)
+    renamed["bert.pooler.dense.bias"] = np.ones(32, np.float32)
+    renamed["bert.embeddings.position_ids"] = np.arange(64)[None]
+    write_safetensors(bert_folder, renamed)
+    ignored = checkpoint.load(bert_folder).ignored
+    assert sorted(ignored) == [
+        "bert.embeddings.position_ids", "bert.pooler.dense.bias", "bert.pooler.dense.weight",
+    ]  # fmt: skip
+    assert "does not use it" in ignored["bert.pooler.dense.bias"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("bert.encoder.layer.1.attention.self.key.bias"),
+         "missing bert.encoder.layer.1.attention.self.key.bias"),
+        (lambda t: t.pop("bert.embeddings.token_type_embeddings.weight"),
+         "missing bert.embeddings.token_type_embeddings.weight"),
+        (lambda t: t.update({"cls.predictions.bias": np.ones(3, np.float32)}),
+         "unexpected cls.predictions.bias"),
+        (lambda t: t.update({"qa_outputs.weight": np.ones((3, 32), np.float32)}),
+         r"qa_outputs.weight has shape \(3, 32\)"),
+        (lambda t: [t.pop(name) for name in ("qa_outputs.weight", "qa_outputs.bias")],
+         "no question-answering head"),
+        (lambda t: t["bert.encoder.layer.0.output.dense.bias"].fill(np.nan),
+         "bert.encoder.layer.0.output.dense.bias has 32 values that are not finite"),
+    ],
+)  # fmt: skip
+def test_a_broken_bert_checkpoint_is_refused_by_its_own_names(bert_folder, change, message):
+    tensors = {name: tensor.copy() for name, tensor in weights.read(bert_folder).items()}
+    change(tensors)
+    write_safetensors(bert_folder, tensors)
+    with pytest.raises(ModelRejected, match=message):
+        checkpoint.load(bert_folder)
+
+
+# --------------------------------------------------------------------------- settings of tokenizers
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ["e", "\u6771", "\u4eac"]),
+        ({"do_lower_case": True, "strip_accents": False}, ["\u00e9", "\u6771", "\u4eac"]),
+        ({"do_lower_case": False}, ["\u00e9", "\u6771", "\u4eac"]),
+        ({"do_lower_case": False, "strip_accents": True}, ["e", "\u6771", "\u4eac"]),
+        ({"tokenize_chinese_chars": False}, ["e", "\u6771\u4eac"]),
+    ],
+)
+def test_settings_of_an_old_vocabulary_are_followed(folder, tmp_path, settings, expected):
+    import transformers
+
+    vocab = [*VOCAB[:-5], "\u00e9", "e", "\u6771", "\u4eac", "\u6771\u4eac"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(vocab))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer, names = checkpoint.load_tokenizer(folder)
+    text = "\u00e9 \u6771\u4eac"
+    assert tokenizer.encode(text, add_special_tokens=False).tokens == expected
+    assert names == ["tokenizer_config.json", "vocab.txt"]
+    # What is saved means the same to transformers and here.
+    model = checkpoint.load(folder).model
+    checkpoint.save(model, tmp_path / "saved", tokenizer=tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs.tokenize(text) == expected
+    again = checkpoint.load(tmp_path / "saved").tokenizer
+    assert again.encode(text, add_special_tokens=False).tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strip_accents": "no"}, "strip_accents is 'no'"),
+        ({"tokenize_chinese_chars": 1}, "tokenize_chinese_chars is 1"),
+        ({"tokenizer_class": "BertJapaneseTokenizer"}, "'BertJapaneseTokenizer' is not computed"),
+    ],
+)
+def test_settings_that_are_not_followed_are_refused(folder, settings, message):
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(VOCAB))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelRejected, match=message):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("setting", [{"strip_accents": False}, {"tokenize_chinese_chars": False}])
+def test_settings_that_contradict_the_tokenizer_are_refused(folder, setting):
+    (folder / "tokenizer_config.json").write_text(json.dumps(setting))
+    with pytest.raises(ModelRejected, match=f"{next(iter(setting))} False"):
+        checkpoint.load(folder)
+
+
+def test_a_tokenizer_with_another_normalizer_is_saved_as_it_is(folder, tmp_path):
+    import tokenizers
+
+    loaded = checkpoint.load(folder)
+    normalizers = tokenizers.normalizers
+    for normalizer in (None, normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])):
+        loaded.tokenizer.normalizer = normalizer
+        checkpoint.save(loaded.model, tmp_path, tokenizer=loaded.tokenizer)
+        assert checkpoint.load(tmp_path).tokenizer.to_str() == loaded.tokenizer.to_str()
+
+
+@pytest.mark.parametrize("layout", ["tf", "flax"])
+def test_safetensors_of_another_framework_are_refused_by_name(folder, tensors, layout):
+    import safetensors.numpy
+
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": layout})
+    with pytest.raises(ModelRejected, match=f"in the layout of {layout!r}"):
+        checkpoint.load(folder)

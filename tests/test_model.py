@@ -5,13 +5,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY, VOCAB, random_torch_model
+from conftest import TINY, TINY_BERT, VOCAB, random_torch_bert, random_torch_model
 from flax import nnx
 
 import flaxqa
 from flaxqa import checkpoint
 from flaxqa.errors import ModelRejected
-from flaxqa.model import DistilBertConfig, DistilBertForQuestionAnswering
+from flaxqa.model import (
+    BertConfig,
+    BertForQuestionAnswering,
+    DistilBertConfig,
+    DistilBertForQuestionAnswering,
+    read_config,
+)
 
 
 def torch_output(model, input_ids, attention_mask, **requests):
@@ -199,3 +205,105 @@ def test_a_new_model_is_random_and_small():
     config = DistilBertConfig(**TINY)
     a, b = (DistilBertForQuestionAnswering(config, rngs=nnx.Rngs(seed)) for seed in (0, 1))
     assert not np.array_equal(a.qa_outputs.kernel[...], b.qa_outputs.kernel[...])
+
+
+# ------------------------------------------------------------------------------------------- BERT
+
+
+def flax_bert(reference, dtype="float32"):
+    tensors = {name: tensor.numpy().copy() for name, tensor in reference.state_dict().items()}
+    config = read_config(reference.config.to_dict())
+    return checkpoint.from_tensors(tensors, config, dtype=dtype)[0]
+
+
+# Measured: 1e-14, 4e-6 and 0.06, for logits up to 5.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-4), ("bfloat16", 0.3)]
+)
+@pytest.mark.parametrize("layer_norm_eps", [1e-12, 1e-3])
+def test_bert_logits_are_those_of_torch(batch, dtype, tolerance, layer_norm_eps):
+    reference = random_torch_bert(layer_norm_eps=layer_norm_eps)
+    types = (np.cumsum(batch[0] == batch[0][:, 5:6], axis=1) > 0).astype(np.int32)
+    assert 0 < types.mean() < 1
+    with jax.enable_x64(dtype == "float64"):
+        model = flax_bert(reference, dtype)
+        assert isinstance(model, BertForQuestionAnswering)
+        reference = reference.double()
+        for given in ({"token_type_ids": types}, {}):
+            out = model(*batch, **given)
+            requests = {name: torch.tensor(value) for name, value in given.items()}
+            expected = torch_output(reference, *batch, **requests)
+            tokens = batch[1] == 1
+            assert largest_difference(out.start_logits, expected.start_logits, tokens) < tolerance
+            assert largest_difference(out.end_logits, expected.end_logits, tokens) < tolerance
+
+
+def test_segments_of_no_meaning_are_refused(batch):
+    model = flax_bert(random_torch_bert())
+    with pytest.raises(ValueError, match="token_type_ids have the value 2"):
+        model(*batch, np.full_like(batch[0], 2))
+    with pytest.raises(ValueError, match=r"must be \[B, T\]"):
+        model(*batch, np.zeros((4, 39), int))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 30}, "hidden_size 30 is not a multiple of num_attention_heads 4"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
+        ({"type_vocab_size": 0}, "type_vocab_size is 0"),
+        ({"layer_norm_eps": 0}, "layer_norm_eps is 0"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+        ({"is_decoder": True}, "is_decoder is True"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+    ],
+)
+def test_a_bert_config_that_is_not_computed_is_refused_by_its_own_names(change, message):
+    config = {"model_type": "bert", **TINY_BERT, **change}
+    with pytest.raises(ModelRejected, match=re.escape(message)):
+        read_config(config)
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "albert", "electra", None, ["bert"]])
+def test_a_model_that_is_not_computed_is_refused_by_name(model_type):
+    with pytest.raises(ModelRejected, match=re.escape(f"model_type is {model_type!r}, only ")):
+        read_config({**TINY, **TINY_BERT, "model_type": model_type})
+
+
+def test_a_config_goes_back_to_its_own_names():
+    config = read_config({"model_type": "bert", **TINY_BERT, "layer_norm_eps": 1e-5})
+    assert isinstance(config, BertConfig)
+    assert (config.dim, config.type_vocab_size) == (32, 2)
+    assert read_config(config.to_dict()) == config
+    assert config.to_dict()["intermediate_size"] == 64
+    assert DistilBertConfig(**TINY).to_dict() == {
+        "model_type": "distilbert", **TINY, "activation": "gelu", "pad_token_id": 0,
+    }  # fmt: skip
+    with pytest.raises(ModelRejected, match="type_vocab_size is 2"):
+        DistilBertConfig(**TINY, type_vocab_size=2)
+    with pytest.raises(TypeError, match="BertForQuestionAnswering needs a BertConfig"):
+        BertForQuestionAnswering(DistilBertConfig(**TINY), rngs=nnx.Rngs(0))
+
+
+def test_a_saved_bert_is_loaded_by_transformers_to_the_same_logits(batch, tmp_path):
+    model = flax_bert(random_torch_bert(layer_norm_eps=1e-5))
+    model.save_pretrained(tmp_path / "saved")
+    loaded = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "saved").eval()
+    assert type(loaded).__name__ == "BertForQuestionAnswering"
+    types = np.zeros_like(batch[0])
+    types[:, 9:] = 1
+    expected = torch_output(loaded, *batch, token_type_ids=torch.tensor(types))
+    out = model(*batch, types)
+    assert largest_difference(out.start_logits, expected.start_logits, batch[1] == 1) < 1e-4
+
+
+def test_torch_tensors_are_answered_with_torch_tensors(tensors, batch, reference):
+    model = flax_model(tensors)
+    out = model(*map(torch.tensor, batch), output_hidden_states=True)
+    expected = torch_output(reference, *batch)
+    assert torch.argmax(out.start_logits[0]) == torch.argmax(expected.start_logits[0])
+    assert isinstance(out.hidden_states[0], torch.Tensor)
+    assert not out.end_logits.requires_grad
+    assert largest_difference(out.end_logits, expected.end_logits, batch[1] == 1) < 1e-4

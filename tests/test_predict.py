@@ -160,3 +160,39 @@ def test_compiled_code_is_kept_in_the_users_cache(monkeypatch, tmp_path):
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         jax._src.compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize(("parallel", "devices"), [("jit", 1), ("jit", 4), ("pmap", 2)])
+def test_bert_gets_the_segments_its_tokenizer_gives(bert_folder, parallel, devices):
+    import torch
+    import transformers
+
+    loaded = checkpoint.load(bert_folder)
+    pairs = [("who is bob ?", "bob lives in berlin ."), ("where ?", "a , b - c d"), ("i", "am")]
+    windows = features.make(
+        [features.Example("", *pair) for pair in pairs],
+        loaded.tokenizer, max_length=32, doc_stride=4,
+    )  # fmt: skip
+    logits = Predictor(loaded.model, max_length=64, parallel=parallel, devices=devices).predict(
+        windows
+    )
+    reference = transformers.BertForQuestionAnswering.from_pretrained(bert_folder).eval()
+    for pair, window, ours in zip(pairs, windows, logits, strict=True):
+        encoding = loaded.tokenizer.encode(*pair)
+        assert window.input_ids.tolist() == encoding.ids
+        assert 0 < sum(encoding.type_ids) < len(encoding.ids)
+        with torch.no_grad():
+            theirs = reference(
+                input_ids=torch.tensor([encoding.ids]),
+                token_type_ids=torch.tensor([encoding.type_ids]),
+            )
+        np.testing.assert_allclose(ours.start, theirs.start_logits[0].numpy(), atol=1e-4)
+        np.testing.assert_allclose(ours.end, theirs.end_logits[0].numpy(), atol=1e-4)
+
+
+def test_few_windows_make_a_small_batch():
+    predictor = Predictor(small_model(), max_length=64, devices=2)
+    for windows, rows in ((1, 2), (2, 2), (3, 4), (5, 6), (9, 16), (10_000, 128)):
+        plan = predictor.plan([60] * windows)
+        assert {batch.shape for batch in plan} == {(rows if windows != 5 else 8, 64)}
+    assert Predictor(small_model(), max_length=64, devices=2, batch_size=3).rows(64, 99) == 4

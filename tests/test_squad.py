@@ -227,3 +227,164 @@ def test_a_hub_data_set_reads_like_the_file_it_came_from(tmp_path):
     assert squad.sha256(got.questions[:2]) != squad.sha256(expected.questions)
     with pytest.raises(DataError, match="split test"):
         squad.read_hub(str(folder), split="test")
+
+
+# --------------------------------------------------------------------------------------- SQuAD 2.0
+
+
+def v2_content(*qas):
+    return {**content(*qas), "version": "v2.0"}
+
+
+def v2_qa(id, *answers):
+    return {**qa(id, answers=answers), "is_impossible": not answers}
+
+
+# Worked by hand: id, right answers, prediction, number, exact, F1.
+V2 = [
+    ("right", ("red fish",), "the red fish", 0.1, 1, 1.0),
+    ("half", ("red fish", "fish soup"), "fish", 0.6, 0, 2 / 3),
+    ("wrong", ("red fish",), "blue", 0.4, 0, 0.0),
+    ("silent", ("red fish",), "", 0.9, 0, 0.0),
+    ("an article", ("the",), "", 0.2, 1, 1.0),  # nothing is left of the only answer
+    ("article too", ("the", "red"), "a", 0.3, 0, 0.0),  # nothing is left of one: it does not count
+    ("none, silent", (), "", 0.8, 1, 1.0),
+    ("none, spoken", (), "red", 0.5, 0, 0.0),
+    ("none, an article", (), "the", 0.7, 1, 1.0),
+]
+
+
+@pytest.fixture
+def v2():
+    data = squad.parse(v2_content(*(v2_qa(row[0], *row[1]) for row in V2)), "here")
+    assert data.v2
+    return data.questions, {row[0]: row[2] for row in V2}, {row[0]: row[3] for row in V2}
+
+
+def test_v2_scores_are_those_worked_by_hand(v2):
+    questions, predictions, _ = v2
+    scores = squad.score(questions, predictions, v2=True)
+    assert scores.exact_matches.tolist() == [bool(row[4]) for row in V2]
+    np.testing.assert_allclose(scores.f1s, [row[5] for row in V2], rtol=1e-15)
+    assert scores.has_answer.tolist() == [True] * 6 + [False] * 3
+    assert scores.by_answer() == pytest.approx(
+        {
+            "exact": 400 / 9, "f1": 100 * (4 + 2 / 3) / 9, "total": 9,
+            "HasAns_exact": 200 / 6, "HasAns_f1": 100 * (2 + 2 / 3) / 6, "HasAns_total": 6,
+            "NoAns_exact": 200 / 3, "NoAns_f1": 200 / 3, "NoAns_total": 3,
+        }
+    )  # fmt: skip
+    assert (scores.exact_match, scores.f1) == (
+        scores.by_answer()["exact"],
+        scores.by_answer()["f1"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("threshold", "exact", "f1"),
+    [
+        (1.0, [1, 0, 0, 0, 1, 0, 1, 0, 1], [1, 2 / 3, 0, 0, 1, 0, 1, 0, 1]),
+        # above 0.55: half, silent and two of none are left unanswered
+        (0.55, [1, 0, 0, 0, 1, 0, 1, 0, 1], [1, 0, 0, 0, 1, 0, 1, 0, 1]),
+        (0.5, [1, 0, 0, 0, 1, 0, 1, 0, 1], [1, 0, 0, 0, 1, 0, 1, 0, 1]),  # not above 0.5
+        (0.45, [1, 0, 0, 0, 1, 0, 1, 1, 1], [1, 0, 0, 0, 1, 0, 1, 1, 1]),
+        (0.15, [1, 0, 0, 0, 0, 0, 1, 1, 1], [1, 0, 0, 0, 0, 0, 1, 1, 1]),
+        (0.0, [0, 0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1, 1]),
+    ],
+)
+def test_v2_questions_above_the_threshold_are_left_unanswered(v2, threshold, exact, f1):
+    questions, predictions, na_probs = v2
+    scores = squad.score(questions, predictions, v2=True).with_no_answer(na_probs, threshold)
+    assert scores.exact_matches.tolist() == [bool(value) for value in exact]
+    np.testing.assert_allclose(scores.f1s, f1)
+
+
+def test_v2_best_thresholds_are_those_worked_by_hand(v2):
+    questions, predictions, na_probs = v2
+    scores = squad.score(questions, predictions, v2=True)
+    # All silent: 3 right. Answered from the lowest number on: right +1 (4), an article +1 (5),
+    # article too and wrong 0, none-spoken -1, half +2/3 in F1 only, then nothing more.
+    assert squad.best_thresholds(scores, predictions, na_probs) == {
+        "best_exact": 500 / 9,
+        "best_exact_thresh": 0.2,
+        "best_f1": 500 / 9,
+        "best_f1_thresh": 0.2,
+    }
+    better = {**na_probs, "half": 0.45}
+    assert squad.best_thresholds(scores, predictions, better) == {
+        "best_exact": 500 / 9,
+        "best_exact_thresh": 0.2,
+        "best_f1": pytest.approx(100 * (5 + 2 / 3) / 9),
+        "best_f1_thresh": 0.45,
+    }
+    # Where silence is best, the threshold is the official script's 0.
+    bad = dict.fromkeys(predictions, "blue")
+    scores = squad.score(questions, bad, v2=True)
+    assert squad.best_thresholds(scores, bad, na_probs) == {
+        "best_exact": 300 / 9, "best_exact_thresh": 0.0, "best_f1": 300 / 9, "best_f1_thresh": 0.0,
+    }  # fmt: skip
+
+
+def test_v2_missing_predictions_score_zero_and_are_named(v2):
+    questions, predictions, na_probs = v2
+    del predictions["right"], predictions["none, silent"]
+    scores = squad.score(questions, predictions, v2=True)
+    assert scores.unanswered == ("right", "none, silent")
+    assert scores.by_answer()["exact"] == pytest.approx(200 / 9)
+    best = squad.best_thresholds(scores, predictions, na_probs)
+    assert best["best_exact"] == pytest.approx(300 / 9)
+
+
+@pytest.mark.parametrize(
+    ("data", "v2"),
+    [
+        (content(qa("1")), False),
+        (v2_content(qa("1")), True),
+        ({**content(qa("1")), "version": "2.0"}, True),
+        (content(v2_qa("1", "x")), True),
+        (content(v2_qa("1"), qa("2")), True),
+    ],
+)
+def test_a_file_says_itself_whether_it_is_squad_2(data, v2):
+    assert squad.parse(data, "here").v2 is v2
+
+
+def test_a_kind_without_questions_has_no_v2_numbers():
+    questions = squad.parse(v2_content(qa("1")), "here").questions
+    names = squad.score(questions, {"1": "x"}, v2=True).by_answer()
+    assert sorted(names) == ["HasAns_exact", "HasAns_f1", "HasAns_total", "exact", "f1", "total"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [("[]", "id to number"), ('{"1": "x"}', "'1' is str, not a number"),
+     ('{"1": true}', "'1' is bool"), ('{"1": NaN}', "'1' is float")],
+)  # fmt: skip
+def test_a_file_of_numbers_that_is_none_is_refused(tmp_path, raw, message):
+    (tmp_path / "odds.json").write_text(raw)
+    with pytest.raises(DataError, match=message):
+        squad.read_na_probs(tmp_path / "odds.json")
+
+
+@pytest.mark.shared
+def test_v2_has_answer_scores_are_the_v1_scores():
+    """The published predictions in a v2 file: the questions with answers score as in v1.1."""
+    path = SHARED / "squad" / "dev-v1.1.json"
+    raw = json.loads(path.read_text())
+    for article in raw["data"]:
+        for paragraph in article["paragraphs"]:
+            for each in paragraph["qas"]:
+                each["is_impossible"] = False
+            first = paragraph["qas"][0]
+            paragraph["qas"].append(
+                {**first, "id": first["id"] + "-none", "answers": [], "is_impossible": True}
+            )
+    questions, v2 = squad.parse({**raw, "version": "v2.0"}, "made")
+    assert v2
+    for name in ("bert_large_ensemble", "logistic_regression"):
+        predictions = squad.read_predictions(SHARED / "squad" / "predictions" / f"{name}.json")
+        old = squad.score(squad.read(path).questions, predictions)
+        silent = {q.id: "" for q in questions if not q.answers}
+        new = squad.score(questions, {**predictions, **silent}, v2=True).by_answer()
+        assert (new["HasAns_exact"], new["HasAns_f1"]) == (old.exact_match, old.f1)
+        assert (new["HasAns_total"], new["NoAns_exact"]) == (10_570, 100.0)

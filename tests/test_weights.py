@@ -59,10 +59,13 @@ def write_torch_protocol_4(folder, tensors):
     write_torch(folder, tensors, pickle_protocol=4)
 
 
+EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+
+
 def write_msgpack(folder, tensors):
     """As FlaxDistilBertForQuestionAnswering of transformers 4.57 lays it out."""
     tree = {}
-    embedding = {"word_embeddings": "embedding", "position_embeddings": "embedding"}
+    embedding = dict.fromkeys(EMBEDDINGS, "embedding")
     for name, tensor in tensors.items():
         module, last = leaf(name, "kernel", {"weight": "scale", "bias": "bias"}, embedding)
         node = tree
@@ -74,7 +77,7 @@ def write_msgpack(folder, tensors):
 
 def write_hdf5(folder, tensors, model_name="tf_distil_bert_for_question_answering/"):
     """As TFDistilBertForQuestionAnswering of transformers 4.57 lays it out."""
-    embedding = {"word_embeddings": "weight", "position_embeddings": "embeddings"}
+    embedding = {**dict.fromkeys(EMBEDDINGS, "embeddings"), "word_embeddings": "weight"}
     with h5py.File(folder / weights.HDF5, "w") as file:
         file.attrs["layer_names"] = ["distilbert", "qa_outputs", "dropout_19"]
         file.create_group("dropout_19")
