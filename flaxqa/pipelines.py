@@ -1,29 +1,15 @@
 """The call of transformers 4.57's question-answering pipeline, which transformers 5.3 removed.
 
 The answers, offsets and scores are those of 4.57.6 (see `flaxqa.answers.decode_pipeline`), its
-defects included. What differs, and why:
-
-- **A question too long, a stride too large.** Where 4.57 died of a panic in Rust, which
-  `except Exception` does not catch, a ValueError says what does not fit.
-- **Other keys of a record** (`id`, `title`): 4.57 raised a TypeError; here they are in the answer.
-- **Where it runs.** `device=None` means all devices of this process, not the CPU. Windows of
-  many records are sorted by length and computed together, whatever `batch_size` says: it bounds
-  only how many windows are in one batch. Logits differ in the last digits, so scores do by about
-  1e-6.
-- **Generators** are read ahead, 1,024 records or what `read_ahead` says; answers come in order.
-- **Inputs.** Any sequence of strings will do where 4.57 wanted a list, so that a `datasets` column
-  is accepted; and one question goes with many contexts, as one context with many questions.
-  `SquadExample`, which transformers no longer has, is not accepted.
-- **Tokenizers that pad on the left** are refused. 4.57 forgot to mask the question then.
-- **"[CLS]" spelled in a question** is never part of an answer.
-- **Without effect**, as they change no answer: `padding`, `max_question_len` (4.57 read neither
-  with a fast tokenizer, or to no effect), `framework`, `use_fast`, `num_workers`.
+defects included. What differs, and why, is listed in README.md, "Coming from the pipeline".
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import operator
+import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,8 +29,26 @@ TASK = "question-answering"
 # What 4.57 takes when no model is named.
 DEFAULT_MODEL = "distilbert/distilbert-base-cased-distilled-squad"
 DEFAULT_REVISION = "564e9b5"
-WITHOUT_EFFECT = ("framework", "use_fast", "num_workers")
+# Arguments of transformers.pipeline that change no answer, and those that are taken if they ask
+# for nothing.
+WITHOUT_EFFECT = ("framework", "num_workers")
+EMPTY: dict[str, tuple[Any, ...]] = {
+    "config": (None,),
+    "feature_extractor": (None,),
+    "image_processor": (None,),
+    "processor": (None,),
+    "modelcard": (None,),
+    "use_fast": (None, True),
+    "token": (None,),
+    "device_map": (None,),
+    "trust_remote_code": (None, False),
+    "model_kwargs": (None, {}),
+    "pipeline_class": (None,),
+}
 
+NEEDED = ("question", "context")
+
+Record = tuple[str, str, dict[str, Any]]
 Output = dict[str, Any] | list[dict[str, Any]]
 
 
@@ -80,8 +84,13 @@ class Parameters:
             value = getattr(self, name)
             if value is None and name in ("doc_stride", "max_seq_len"):
                 continue
-            if type(value) is not int or value < low:
-                raise UsageError(f"{name} parameter should be >= {low} (got {value!r})")
+            try:
+                number = operator.index(value)  # also numpy's integers
+            except TypeError:
+                raise UsageError(f"{name} parameter should be an integer (got {value!r})") from None
+            if number < low:
+                raise UsageError(f"{name} parameter should be >= {low} (got {value})")
+            object.__setattr__(self, name, number)
         if self.padding not in (True, False, "do_not_pad", "longest", "max_length"):
             raise UsageError(f"padding {self.padding!r} is no padding strategy")
 
@@ -113,7 +122,7 @@ def pipeline(
       device: None for all devices of this process; else -1 or "cpu", the number of an accelerator,
         "cuda:1", "gpu", "tpu:0", or a `jax.Device`.
       batch_size: the most windows of a batch; None for as many as suit the device.
-      dtype: "float32" (the default), "bfloat16" or "float16".
+      dtype: "float32" (also what "auto" means here), "bfloat16" or "float16".
       torch_dtype: its older name.
       read_ahead: how many records of a generator are read before the first is answered.
       **parameters: those of a call, as its defaults.
@@ -124,19 +133,24 @@ def pipeline(
     """
     if task != TASK:
         raise KeyError(f"flaxqa has the task {TASK!r} and no other, so not {task!r}")
-    unknown = parameters.keys() - {*NAMES, "topk", *WITHOUT_EFFECT}
+    known = {*NAMES, "topk", *WITHOUT_EFFECT}
+    unknown = {
+        f"{name}={value!r}"
+        for name, value in parameters.items()
+        if name not in known and value not in EMPTY.get(name, ())
+    }
     if unknown:
         raise TypeError(
             f"pipeline() does not take {', '.join(sorted(unknown))}; parameters of a call are "
             f"{', '.join(NAMES)}"
         )
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-        raise UsageError(f"batch_size is {batch_size!r}, it must be at least 1")
+    check_batch_size(batch_size)
     if type(read_ahead) is not int or read_ahead < 1:
         raise UsageError(f"read_ahead is {read_ahead!r}, it must be at least 1")
     defaults = merged(Parameters(), parameters)
     devices = which_devices(device)
-    name = str(dtype if dtype is not None else torch_dtype or "float32").removeprefix("torch.")
+    name = str(dtype if dtype is not None else torch_dtype or "auto").removeprefix("torch.")
+    name = "float32" if name == "auto" else name
     predict.use_compilation_cache()
     if model is None:
         warnings.warn(
@@ -220,14 +234,12 @@ class QuestionAnsweringPipeline:
         """
         given = {name: kwargs.pop(name) for name in (*NAMES, "topk") if name in kwargs}
         parameters = self.fitting(merged(self.defaults, given))
-        for name in ("batch_size", "num_workers"):  # they change no answer
-            kwargs.pop(name, None)
+        check_batch_size(kwargs.pop("batch_size", None))  # it changes no answer
+        kwargs.pop("num_workers", None)
         inputs = arguments(args, kwargs)
-        if isinstance(inputs, Iterator):
-            return self.stream(inputs, parameters)
-        records = list(inputs)
-        for record in records:
-            check(record)  # all of them before any is computed
+        if isinstance(inputs, types.GeneratorType) or is_torch_dataset(inputs):
+            return self.stream((check(record, empty=True) for record in inputs), parameters)
+        records = [check(record) for record in inputs]  # all of them before any is computed
         outputs = list(self.stream(iter(records), parameters))
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -238,22 +250,16 @@ class QuestionAnsweringPipeline:
             length = min(self.model_max_length, 384)
         if stride is None:
             stride = min(length // 2, 128)
-        positions = self.model.config.max_position_embeddings
-        if length > positions:
-            raise UsageError(f"max_seq_len {length}, but the model has {positions} positions")
         if stride > length:
             raise UsageError(f"`doc_stride` ({stride}) is larger than `max_seq_len` ({length})")
-        if stride >= length - features.SPECIAL_TOKENS:
-            raise UsageError(
-                f"`doc_stride` ({stride}) must be below `max_seq_len` ({length}) less "
-                f"{features.SPECIAL_TOKENS} special tokens"
-            )
+        if stride >= length - 1:
+            raise UsageError(f"`doc_stride` ({stride}) leaves no room in `max_seq_len` ({length})")
         return dataclasses.replace(parameters, max_seq_len=length, doc_stride=stride)
 
-    def stream(self, records: Iterator[Any], parameters: Parameters) -> Iterator[Output]:
+    def stream(self, records: Iterator[Record], parameters: Parameters) -> Iterator[Output]:
         """The output of each record, in order; reads `read_ahead` records before the first."""
-        checked = map(check, records)
-        for chunk in chunks(checked, self.read_ahead, size_of=lambda record: len(record[1])):
+        positions = self.model.config.max_position_embeddings
+        for chunk in chunks(records, self.read_ahead, size_of=lambda record: len(record[1])):
             examples = [Example(question, question, context) for question, context, _ in chunk]
             windows = features.make(
                 examples,
@@ -263,6 +269,11 @@ class QuestionAnsweringPipeline:
                 max_question_length=parameters.max_seq_len,
                 known=self.known,
             )
+            if (longest := max(map(len, windows))) > positions:
+                raise DataError(
+                    f"a window of {longest} tokens, but the model has {positions} positions; "
+                    f"max_seq_len is {parameters.max_seq_len}"
+                )
             logits = self.predictor.predict(windows)
             if answers.non_finite(windows, logits):
                 raise DataError(NOT_FINITE)
@@ -307,7 +318,10 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
     else:
         raise UsageError("a question and a context are needed")
     if isinstance(inputs, Mapping):
-        return [inputs]
+        lists = [name for name in inputs if name in NEEDED and isinstance(inputs[name], list)]
+        return together(*(inputs.get(name) for name in NEEDED)) if lists else [inputs]
+    if is_torch_dataset(inputs) and not isinstance(inputs, Iterable):
+        return (inputs[index] for index in range(len(inputs)))
     if isinstance(inputs, str) or not isinstance(inputs, Iterable):
         raise UsageError(f"{inputs!r:.80} is neither a record nor an iterable of records")
     return inputs
@@ -318,7 +332,7 @@ def together(questions: Any, contexts: Any) -> list[dict[str, Any]]:
     for name, given in (("question", questions), ("context", contexts)):
         if given is None:
             raise UsageError(f"`{name}` cannot be None")
-        if not isinstance(given, Iterable):
+        if not isinstance(given, Iterable) or isinstance(given, Mapping):
             raise UsageError(f"{name} is {type(given).__name__}, not a string or a list of them")
     many = [None if isinstance(given, str) else list(given) for given in (questions, contexts)]
     lengths = {len(each) for each in many if each is not None}
@@ -335,8 +349,22 @@ def together(questions: Any, contexts: Any) -> list[dict[str, Any]]:
     return [{"question": q, "context": c} for q, c in zip(*columns, strict=True)]
 
 
-def check(record: Any) -> tuple[str, str, dict[str, Any]]:
+def is_torch_dataset(inputs: Any) -> bool:
+    """Whether this is a torch.utils.data.Dataset, found out without torch."""
+    return any(base.__module__.startswith("torch.utils.data") for base in type(inputs).__mro__)
+
+
+def check_batch_size(batch_size: Any) -> None:
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise UsageError(f"batch_size is {batch_size!r}, it must be at least 1")
+
+
+def check(record: Any, *, empty: bool = False) -> Record:
     """The question, the context and the other fields of a record.
+
+    Args:
+      record: a mapping with both.
+      empty: whether they may be empty, as 4.57 had it for generators.
 
     Raises:
       KeyError: it has no question or no context.
@@ -344,15 +372,15 @@ def check(record: Any) -> tuple[str, str, dict[str, Any]]:
     """
     if not isinstance(record, Mapping):
         raise UsageError(f"{record!r:.80} must be a dict with question and context")
-    for name in ("question", "context"):
+    for name in NEEDED:
         if name not in record:
             raise KeyError("You need to provide a dictionary with keys {question:..., context:...}")
         text = record[name]
-        if text is None or text == "":
+        if text is None or (text == "" and not empty):
             raise UsageError(f"`{name}` cannot be {'None' if text is None else 'empty'}")
         if not isinstance(text, str):
             raise UsageError(f"`{name}` is {type(text).__name__}, it must be a string")
-    others = {name: value for name, value in record.items() if name not in ("question", "context")}
+    others = {name: value for name, value in record.items() if name not in NEEDED}
     return record["question"], record["context"], others
 
 

@@ -254,3 +254,51 @@ def test_score_names_the_file_it_cannot_read(tmp_path, content):
     done = flaxqa("score", QUICKSTART / "heldout.json", tmp_path / "predictions.json")
     assert (done.returncode, done.stdout) == (2, "")
     assert "predictions.json" in done.stderr
+
+
+def test_score_takes_squad_2_as_its_official_script_does(tmp_path):
+    def row(example_id, *answers):
+        return {"id": example_id, "question": "?", "answers": [{"text": a} for a in answers],
+                "is_impossible": not answers}  # fmt: skip
+
+    qas = [row("1", "red fish"), row("2", "blue"), row("3")]
+    data = {"version": "v2.0", "data": [{"paragraphs": [{"context": "x", "qas": qas}]}]}
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    (tmp_path / "predictions.json").write_text('{"1": "red fish", "2": "fish", "3": "fish"}')
+    (tmp_path / "odds.json").write_text('{"1": -2.5, "2": 3, "3": 4.5}')
+    files = [tmp_path / "data.json", tmp_path / "predictions.json"]
+    plain = flaxqa("score", *files)
+    assert plain.returncode == 0, plain.stderr
+    third = 100 / 3
+    assert json.loads(plain.stdout) == pytest.approx(
+        {"exact": third, "f1": third, "total": 3, "HasAns_exact": 50, "HasAns_f1": 50,
+         "HasAns_total": 2, "NoAns_exact": 0, "NoAns_f1": 0, "NoAns_total": 1}
+    )  # fmt: skip
+    odds = ["--na-prob-file", tmp_path / "odds.json"]
+    chosen = json.loads(flaxqa("score", *files, *odds, "--na-prob-thresh", 4).stdout)
+    assert chosen == pytest.approx(
+        {"exact": 2 * third, "f1": 2 * third, "total": 3, "HasAns_exact": 50, "HasAns_f1": 50,
+         "HasAns_total": 2, "NoAns_exact": 100, "NoAns_f1": 100, "NoAns_total": 1,
+         "best_exact": 2 * third, "best_exact_thresh": -2.5, "best_f1": 2 * third,
+         "best_f1_thresh": -2.5}
+    )  # fmt: skip
+    (tmp_path / "odds.json").write_text('{"1": 0.5}')
+    missing = flaxqa("score", *files, *odds)
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert "has no number for 2 predictions, the first of them '2'" in missing.stderr
+
+
+def test_score_of_squad_1_takes_no_numbers(tmp_path):
+    (tmp_path / "predictions.json").write_text("{}")
+    done = flaxqa("score", QUICKSTART / "heldout.json", tmp_path / "predictions.json",
+                  "--na-prob-file", tmp_path / "predictions.json")  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--na-prob-file is for SQuAD 2.0" in done.stderr
+
+
+def test_ask_can_say_that_there_is_no_answer():
+    done = flaxqa("ask", "--model", MODEL, "--question", QUESTION, "--context", CONTEXT,
+                  "--no-answer-threshold", 0)  # fmt: skip
+    result = json.loads(done.stdout)
+    assert result["answers"] == []
+    assert 0 < result["no_answer_score"] < 1

@@ -53,6 +53,9 @@ def test_every_form_of_a_call_gives_the_same(qa):
         assert same(again, one)
     two = [one, one]
     for again in (
+        qa(iter([record, record])),
+        qa(map(dict, (record, record))),
+        qa({"question": [QUESTION] * 2, "context": [CONTEXT] * 2}),
         qa([record, record]),
         qa(record, record),
         qa(question=[QUESTION] * 2, context=CONTEXT),
@@ -72,6 +75,30 @@ def test_a_generator_gives_an_iterator_in_order(qa):
     assert len(found) == 27
     for context, answer in zip(contexts, found, strict=True):
         assert same(answer, qa(question=QUESTION, context=context))
+
+
+def test_a_torch_data_set_gives_an_iterator(qa):
+    import torch
+
+    record = {"question": QUESTION, "context": CONTEXT}
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return record
+
+    stream = qa(Rows())
+    assert iter(stream) is stream
+    assert same(list(stream), [qa(**record)] * 3)
+
+
+def test_an_empty_text_in_a_generator_is_an_empty_answer(qa):
+    empty = {"question": QUESTION, "context": ""}
+    record = {"question": QUESTION, "context": CONTEXT}
+    found = list(qa(each for each in (record, empty, record)))
+    assert [one["answer"] for one in found] == ["dried fish", "", "dried fish"]
 
 
 def test_a_generator_is_read_no_further_ahead_than_asked():
@@ -138,6 +165,7 @@ def test_padding_and_max_question_len_change_nothing(qa):
         ({"question": None, "context": "x"}, ValueError, "`question` cannot be None"),
         ({"question": ["x", None], "context": "x"}, ValueError, "`question` cannot be None"),
         ({"question": 7, "context": "x"}, ValueError, "question is int"),
+        ({"question": {"a": "x"}, "context": "x"}, ValueError, "question is dict"),
         ({"question": ["x", 7], "context": "x"}, ValueError, "`question` is int"),
         ({"question": ["a", "b"], "context": ["x"]}, ValueError, "same lengths: 2 and 1"),
         ({"question": "x"}, ValueError, "a question and a context are needed"),
@@ -158,11 +186,11 @@ def test_a_call_that_cannot_be_is_an_error(qa, arguments, error, message):
     [
         ({"top_k": 0}, r"top_k parameter should be >= 1 \(got 0\)"),
         ({"max_answer_len": 0}, "max_answer_len parameter should be >= 1"),
-        ({"top_k": 1.5}, "top_k parameter"),
+        ({"top_k": 1.5}, "top_k parameter should be an integer"),
         ({"doc_stride": 400}, r"`doc_stride` \(400\) is larger than `max_seq_len` \(384\)"),
-        ({"doc_stride": 381}, "must be below `max_seq_len`"),
+        ({"doc_stride": 383}, "leaves no room in `max_seq_len`"),
         ({"doc_stride": -1}, "doc_stride parameter"),
-        ({"max_seq_len": 513}, "the model has 512 positions"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"padding": "left"}, "padding 'left'"),
     ],
 )
@@ -172,6 +200,15 @@ def test_a_parameter_that_cannot_be_is_a_value_error(qa, parameters, message):
     if "stride" not in str(parameters) and "seq" not in str(parameters):
         with pytest.raises(ValueError, match=message):
             flaxqa.pipeline(model=MODEL, **parameters)
+
+
+def test_parameters_may_be_larger_than_the_text_needs(qa):
+    plain = qa(question=QUESTION, context=CONTEXT)
+    for more in ({"max_seq_len": 1000}, {"doc_stride": 382}, {"doc_stride": np.int64(381)},
+                 {"top_k": np.int64(1)}, {"max_answer_len": True + 14}):  # fmt: skip
+        assert same(qa(question=QUESTION, context=CONTEXT, **more), plain)
+    with pytest.raises(ValueError, match="a window of 1000 tokens, but the model has 512"):
+        qa(question=QUESTION, context=CONTEXT * 40, max_seq_len=1000)
 
 
 def test_a_question_without_room_for_its_context_is_a_value_error_and_no_panic(qa):
@@ -191,8 +228,10 @@ def test_another_task_is_told_what_there_is(task):
 
 
 def test_what_the_pipeline_cannot_be_made_of_is_named(tmp_path):
-    with pytest.raises(TypeError, match="does not take feature_extractor"):
-        flaxqa.pipeline(model=MODEL, feature_extractor="x")
+    with pytest.raises(TypeError, match="does not take feature_extractor='x', use_fast=False"):
+        flaxqa.pipeline(model=MODEL, feature_extractor="x", use_fast=False, token=None)
+    with pytest.raises(TypeError, match="does not take trust_remote_code=True"):
+        flaxqa.pipeline(model=MODEL, trust_remote_code=True)
     with pytest.raises(ValueError, match="model is a object"):
         flaxqa.pipeline(model=object())
     with pytest.raises(ValueError, match="needs a tokenizer"):
@@ -312,7 +351,7 @@ def test_a_blank_context_gives_the_empty_answer(qa):
 )
 def test_any_text_gives_pieces_of_its_context(qa, pairs, align_to_words):
     stream = qa(
-        iter([{"question": q, "context": c} for q, c in pairs]),
+        ({"question": q, "context": c} for q, c in pairs),
         top_k=2, align_to_words=align_to_words, max_seq_len=40, doc_stride=8,
     )  # fmt: skip
     try:

@@ -412,3 +412,75 @@ def test_the_held_out_set_has_the_reference_answers(tmp_path):
 def test_every_field_of_the_config_is_in_the_help_and_the_run(done):
     names = {field.name for field in dataclasses.fields(EvalConfig)}
     assert set(read(done[1], "run.json")["config"]) == names
+
+
+# ------------------------------------------------------------------------- SQuAD 2.0, and windows
+
+
+@pytest.fixture
+def v2_file(tmp_path):
+    """The first questions of the quickstart, each second one asked of a text without its answer."""
+    content = json.loads((QUICKSTART / "heldout.json").read_text())
+    content["version"] = "v2.0"
+    first, second = (article["paragraphs"][0] for article in content["data"][:2])
+    for index, each in enumerate(first["qas"]):
+        each["is_impossible"] = False
+        other = {**each, "id": f"none-{index}", "answers": [], "is_impossible": True}
+        second["qas"].append(other)
+    content["data"] = content["data"][:2]
+    path = tmp_path / "v2.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_squad_2_writes_null_odds_and_both_kinds_of_scores(tmp_path, v2_file):
+    output = tmp_path / "out"
+    metrics = run.evaluate(quickstart(output, data=v2_file, limit=None))
+    assert {path.name for path in output.iterdir()} == {*FILES, "null_odds.json"}
+    odds, predictions = read(output, "null_odds.json"), read(output, "predictions.json")
+    nbest = read(output, "nbest_predictions.json")
+    assert list(odds) == list(predictions)
+    for example_id, value in odds.items():
+        expected = "" if value > 0 or not nbest[example_id] else nbest[example_id][0]["text"]
+        assert predictions[example_id] == expected
+    data, v2 = squad.read(v2_file)
+    assert v2
+    expected = squad.score(data, predictions, v2=True).by_answer()
+    assert metrics["HasAns_total"] + metrics["NoAns_total"] == metrics["total"] == len(data)
+    assert {name: metrics[name] for name in expected if "_" in name} == {
+        name: value for name, value in expected.items() if "_" in name
+    }
+    assert (metrics["exact_match"], metrics["f1"]) == (expected["exact"], expected["f1"])
+    assert metrics["best_f1"] >= metrics["f1"]
+    assert read(output, "run.json")["data"]["version"] == "v2.0"
+    # A later run of v1.1 takes the file of the earlier one away.
+    run.evaluate(quickstart(output))
+    assert {path.name for path in output.iterdir()} == FILES
+
+
+@pytest.mark.parametrize(("threshold", "silent"), [(-1e9, True), (1e9, False)])
+def test_the_threshold_of_null_odds_can_be_chosen(tmp_path, v2_file, threshold, silent):
+    config = quickstart(tmp_path / "out", data=v2_file, null_score_diff_threshold=threshold)
+    metrics = run.evaluate(config)
+    predictions = read(tmp_path / "out", "predictions.json")
+    assert {text == "" for text in predictions.values()} == {silent}
+    assert metrics["HasAns_f1"] == 0 if silent else metrics["HasAns_f1"] > 50
+
+
+def test_best_thresholds_are_those_of_what_the_model_would_say(tmp_path, v2_file):
+    metrics = run.evaluate(quickstart(tmp_path / "out", data=v2_file, limit=None))
+    again = run.evaluate(
+        quickstart(
+            tmp_path / "best", data=v2_file, limit=None,
+            null_score_diff_threshold=metrics["best_f1_thresh"],
+        )
+    )  # fmt: skip
+    assert again["f1"] == pytest.approx(metrics["best_f1"])
+
+
+def test_the_mlperf_windows_are_a_field(done, tmp_path):
+    metrics = run.evaluate(quickstart(tmp_path, windows="mlperf"))
+    # Some contexts are longer than a window, and a step of 128 makes more windows of them.
+    assert (done[0]["n_windows"], metrics["n_windows"]) == (46, 52)
+    assert metrics["f1"] > 70
+    assert read(tmp_path, "run.json")["config"]["windows"] == "mlperf"
