@@ -1,4 +1,4 @@
-"""Extractive question answering with DistilBERT on JAX and Flax.
+"""Extractive question answering with DistilBERT and BERT on JAX and Flax.
 
 The public names are loaded when they are first used, so that `import flaxqa` costs nothing.
 """
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from flaxqa.pipelines import pipeline
     from flaxqa.reader import Reader, load
+    from flaxqa.tokenizer import BertTokenizer, DistilBertTokenizer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,8 +27,10 @@ __all__ = [
     "Answers",
     "BertConfig",
     "BertForQuestionAnswering",
+    "BertTokenizer",
     "DistilBertConfig",
     "DistilBertForQuestionAnswering",
+    "DistilBertTokenizer",
     "Example",
     "Reader",
     "__version__",
@@ -40,8 +43,10 @@ MODULES = {
     "Answers": "flaxqa.answers",
     "BertConfig": "flaxqa.model",
     "BertForQuestionAnswering": "flaxqa.model",
+    "BertTokenizer": "flaxqa.tokenizer",
     "DistilBertConfig": "flaxqa.model",
     "DistilBertForQuestionAnswering": "flaxqa.model",
+    "DistilBertTokenizer": "flaxqa.tokenizer",
     "Example": "flaxqa.features",
     "Reader": "flaxqa.reader",
     "load": "flaxqa.reader",
