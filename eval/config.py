@@ -66,6 +66,9 @@ class EvalConfig:
     windows: Literal["overlap", "mlperf"] = "overlap"
     """How a long context is cut: as run_qa does, or as BERT's run_squad.py and MLPerf do."""
 
+    decoder: Literal["squad", "spans"] = "squad"
+    """Which rule chooses answers: run_qa's, or that of `flaxqa ask` and the reader."""
+
     n_best: int = 20
     """Starts and ends tried for each window, and answers kept for each question."""
 

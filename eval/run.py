@@ -35,7 +35,6 @@ from flaxqa.errors import DataError, TryAgain
 from flaxqa.features import default_question_limit
 from flaxqa.reader import Reader, Spent
 
-DECODER = "squad"
 PACKAGES = ("flaxqa", "jax", "jaxlib", "flax", "numpy", "tokenizers", "safetensors")
 
 
@@ -102,7 +101,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
             "version": squad.VERSION_2 if v2 else squad.VERSION,
             "questions_sha256": squad.sha256(questions),
         },
-        "decoder": DECODER,
+        "decoder": config.decoder,
         "platform": {
             "backend": predictor.devices[0].platform,
             "device_kind": predictor.devices[0].device_kind,
@@ -198,8 +197,13 @@ def answer(
         progress.advance(now - shown, done)
         shown = now
 
-    decode = functools.partial(
-        answers.decode_squad, n_best=config.n_best, max_answer_length=config.max_answer_length
+    longest = config.max_answer_length
+    decode = (
+        functools.partial(answers.decode_spans, top_k=config.n_best, max_answer_length=longest)
+        if config.decoder == "spans"
+        else functools.partial(
+            answers.decode_squad, n_best=config.n_best, max_answer_length=longest
+        )
     )
     found, spent = loaded.answer_chunk(chunk, decode, advance)
     progress.advance(len(chunk) - shown, 0)

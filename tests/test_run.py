@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 
@@ -476,6 +477,16 @@ def test_best_thresholds_are_those_of_what_the_model_would_say(tmp_path, v2_file
         )
     )  # fmt: skip
     assert again["f1"] == pytest.approx(metrics["best_f1"])
+
+
+def test_the_rule_of_the_reader_is_a_field(done, tmp_path):
+    metrics = run.evaluate(quickstart(tmp_path, decoder="spans", n_best=3))
+    assert metrics["f1"] >= done[0]["f1"]
+    for found in read(tmp_path, "nbest_predictions.json").values():
+        places = sorted((one["start"], one["end"]) for one in found)
+        assert len(places) <= 3
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
+    assert read(tmp_path, "run.json")["decoder"] == "spans"
 
 
 def test_the_mlperf_windows_are_a_field(done, tmp_path):
