@@ -3,11 +3,9 @@
 import pytest
 from conftest import HUB_MODEL, QUICKSTART
 
+import flaxqa
 from eval import run
 from eval.config import EvalConfig, read_toml
-from flaxqa import answers, checkpoint, features
-from flaxqa.features import Example
-from flaxqa.predict import Predictor
 
 pytestmark = pytest.mark.hub
 
@@ -34,14 +32,14 @@ Alice is sitting on the bench. Bob is sitting next to her.
     ],
 )  # fmt: skip
 def test_the_cards_examples(question, context, text, score, start, end):
-    loaded = checkpoint.load(HUB_MODEL)
-    example = Example("1", question, context)
-    windows = features.make([example], loaded.tokenizer)
-    logits = Predictor(loaded.model, devices=1).predict(windows)
-    ((answer, *_),) = answers.decode_squad([example], windows, logits)
-    assert (answer.text, answer.start, answer.end) == (text, start, end)
+    qa = flaxqa.pipeline("question-answering", model=HUB_MODEL)
+    answer = qa(question=question, context=context)
+    assert (answer["answer"], answer["start"], answer["end"]) == (text, start, end)
     assert context[start:end] == text
-    assert answer.score == pytest.approx(score, abs=1e-4)
+    assert answer["score"] == pytest.approx(score, abs=1e-4)
+    (native,) = flaxqa.load(HUB_MODEL).answer(question, context)
+    assert (native.text, native.start, native.end) == (text, start, end)
+    assert native.score == pytest.approx(score, abs=1e-4)  # one window: the same score
 
 
 def test_the_published_scores(tmp_path):
