@@ -1,5 +1,11 @@
 """Extractive question answering with DistilBERT and BERT on JAX and Flax.
 
+- `load(model)` gives a `Reader`: `answer`, `answers`, `answer_questions`, `search`.
+- `pipeline("question-answering", model=...)` is the call of transformers 4.
+- `DistilBertForQuestionAnswering`, `BertForQuestionAnswering` are the models, with
+  `from_pretrained`; `DistilBertTokenizer`, `BertTokenizer` go with them.
+- `errors` are what is raised on purpose: `FlaxqaError` and its kinds, most of them ValueErrors.
+
 The public names are loaded when they are first used, so that `import flaxqa` costs nothing.
 """
 
@@ -54,7 +60,13 @@ MODULES = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted([*__all__, "errors"])
+
+
 def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("flaxqa.errors")
     if name not in MODULES:
         raise AttributeError(f"module 'flaxqa' has no attribute {name!r}")
     return getattr(importlib.import_module(MODULES[name]), name)

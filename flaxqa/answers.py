@@ -81,6 +81,10 @@ class Answers(list[Answer]):
     record: Any = None
     error: str | None = None
 
+    def __repr__(self) -> str:
+        error = "" if self.error is None else f", error={self.error!r}"
+        return f"Answers({super().__repr__()}{error})"
+
     @property
     def no_answer_score(self) -> float:
         """In [0, 1], the probability of "no answer" against the best span: sigmoid(null_odds)."""

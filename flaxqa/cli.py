@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from flaxqa.answers import Answer
 
 SET_ASIDE = 3
+SHOWN = 20  # of many warnings of one kind
 HELP = """Extractive question answering with DistilBERT and BERT on JAX, and the harness that
 measures it.
 
@@ -33,7 +35,8 @@ measures it.
   flaxqa eval --config configs/quickstart.toml
   flaxqa score dev-v1.1.json predictions.json
 
-MODEL is a directory or a hub id. `flaxqa COMMAND --help` explains a command. Exit codes: 0 done,
+MODEL is a directory or a hub id. `flaxqa COMMAND --help` explains a command, `flaxqa --version`
+tells the version. Exit codes: 0 done,
 2 bad option or data, 3 done but questions were set aside, 4 checkpoint refused, 5 below --min-f1,
 75 try again."""
 
@@ -102,17 +105,21 @@ class Score:
     (NoAns), and with --na-prob-file the best thresholds. Warnings go to stderr.
     """
 
-    data: tyro.conf.Positional[Path]
+    data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
     """SQuAD v1.1 or 2.0 JSON file."""
 
-    predictions: tyro.conf.Positional[Path]
+    predictions: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PREDICTIONS")]
     """JSON object of question id to answer text; "" for no answer."""
 
-    na_prob_file: Path | None = None
-    """SQuAD 2.0: JSON object of question id to how likely it has no answer, as null_odds.json."""
+    na_prob_file: Annotated[Path | None, tyro.conf.arg(aliases=["-n"], metavar="FILE")] = None
+    """SQuAD 2.0: JSON object of question id to how likely it has no answer. For null_odds.json of
+    `flaxqa eval` the threshold is 0."""
 
-    na_prob_thresh: float = 1.0
+    na_prob_thresh: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 1.0
     """SQuAD 2.0: a question counts as left unanswered where that number is above."""
+
+    out_file: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
+    """Write the JSON line there instead of printing it."""
 
     intervals: bool = False
     """Also give 95 % bootstrap intervals and the number of questions."""
@@ -284,25 +291,36 @@ def read_context(command: Ask) -> str:
 def show(context: str, found: Sequence[Answer], n_windows: int) -> None:
     """The answers in bold, each with its numbers and the text around it."""
     from rich.console import Console
+    from rich.padding import Padding
     from rich.text import Text
 
     console = Console(highlight=False)
     if not found:
         console.print("no answer found")
-    for one in found:
-        console.print(Text(one.text, style="bold green"))
-        before, after = context[max(0, one.start - 80) : one.start], context[one.end : one.end + 80]
-        around = Text("  … " if one.start > 80 else "  ", style="dim")
-        around.append(before, style="dim").append(one.text, style="green").append(
-            after, style="dim"
-        )
-        console.print(around)
+    for number, one in enumerate(found, 1):
+        if number > 1:
+            console.print()
+        head = Text(f"{number}. " if len(found) > 1 else "", style="dim")
+        console.print(head.append(one.text, style="bold green"))
+        before, after = excerpt(context, one.start, one.end)
+        around = Text(before, style="dim").append(one.text, style="green")
+        console.print(Padding(around.append(after, style="dim"), (0, 0, 0, 2)))
         plural = "" if n_windows == 1 else "s"
         console.print(
-            f"  score {one.score:.4f}, characters {one.start} to {one.end}, "
+            f"  score {one.score:.4g}, characters {one.start} to {one.end}, "
             f"{n_windows} window{plural}",
             style="dim",
         )
+
+
+def excerpt(context: str, start: int, end: int, around: int = 80) -> tuple[str, str]:
+    """The text before and after an answer, whole words on one line, `…` where more is left out."""
+    before, after = context[max(0, start - around) : start], context[end : end + around]
+    if start > around:
+        before = "… " + re.sub(r"^\S*\s", "", before)
+    if end + around < len(context):
+        after = re.sub(r"\s\S*$", "", after) + " …"
+    return re.sub(r"\s+", " ", before).lstrip(), re.sub(r"\s+", " ", after).rstrip()
 
 
 def evaluate(options: EvalConfig) -> int:
@@ -361,6 +379,7 @@ def summary(metrics: dict[str, Any], output: str) -> None:
 
 def score(command: Score) -> int:
     from eval import squad
+    from flaxqa import files
 
     content = squad.read_json(command.data)
     questions, v2 = squad.parse(content, str(command.data))
@@ -370,10 +389,19 @@ def score(command: Score) -> int:
         )
     if not v2 and command.na_prob_file is not None:
         raise UsageError(f"--na-prob-file is for SQuAD 2.0, which {command.data} is not")
+    if command.na_prob_file is None and command.na_prob_thresh != 1.0:
+        raise UsageError("--na-prob-thresh needs --na-prob-file")
     predictions = squad.read_predictions(command.predictions)
     scores = squad.score(questions, predictions, v2=v2)
-    for example_id in scores.unanswered:
+    for example_id in scores.unanswered[:SHOWN]:
         print(f"Unanswered question {example_id} will receive score 0.", file=sys.stderr)
+    if (more := len(scores.unanswered) - SHOWN) > 0:
+        print(f"... and {more:,} more unanswered questions", file=sys.stderr)
+    if len(scores.unanswered) == len(questions):
+        print(
+            f"flaxqa: no prediction in {command.predictions} is for a question of {command.data}",
+            file=sys.stderr,
+        )
     result: dict[str, Any] = {"exact_match": scores.exact_match, "f1": scores.f1}
     if v2:
         best = {}
@@ -389,9 +417,12 @@ def score(command: Score) -> int:
         result = {**scores.by_answer(), **best}
     if command.intervals:
         for name, interval in scores.intervals().items():
-            result[f"{name}_interval"] = interval
+            result[f"{'exact' if v2 and name == 'exact_match' else name}_interval"] = interval
         result["total"] = len(questions)
-    print(json.dumps(result))
+    if command.out_file is None:
+        print(json.dumps(result))
+    else:
+        files.write_whole(command.out_file, json.dumps(result).encode() + b"\n")
     return 0
 
 

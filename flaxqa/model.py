@@ -210,6 +210,8 @@ def read_config(config: Mapping[str, Any]) -> EncoderConfig:
 class QuestionAnsweringOutput:
     """What the model returns: unnormalised scores of every token, and the insides on request.
 
+    As transformers' outputs it can also be indexed, by name or by number.
+
     Attributes:
       start_logits: [B, T], each token as the first of the answer. Those of padding mean nothing.
       end_logits: [B, T], each token as the last of the answer.
@@ -221,6 +223,19 @@ class QuestionAnsweringOutput:
     end_logits: Logits
     hidden_states: tuple[Hidden, ...] | None = None
     attentions: tuple[Weights | None, ...] | None = None
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        """The field of that name, or of that place among those that are there."""
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self.__dataclass_fields__:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are there, in their order."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(value for value in values if value is not None)
 
 
 def accumulator(dtype: DTypeLike) -> np.dtype:
@@ -493,8 +508,12 @@ class QuestionAnsweringModel(nnx.Module):
         }
         shape, longest = np.shape(input_ids), self.config.max_position_embeddings
         if len(shape) != 2 or any(np.shape(values) != shape for values, _ in given.values()):
+            # What a tokenizer returns without return_tensors, or not unpacked, ends here.
             shapes = ", ".join(f"{name} {np.shape(values)}" for name, (values, _) in given.items())
-            raise ValueError(f"all must be [B, T] alike: {shapes}")
+            raise ValueError(
+                f"all must be [B, T] alike: {shapes}; call model(**tokenizer(question, context, "
+                "return_tensors='np'))"
+            )
         if shape[1] > longest:  # an index past the table reads NaN, without an error
             raise ValueError(
                 f"rows of {shape[1]} tokens, but the checkpoint has {longest} positions"

@@ -125,7 +125,8 @@ def pipeline(
       dtype: "float32" (also what "auto" means here), "bfloat16" or "float16".
       torch_dtype: its older name.
       read_ahead: how many records of a generator are read before the first is answered.
-      **parameters: those of a call, as its defaults.
+      **parameters: defaults of its calls, see `Parameters`: top_k, doc_stride, max_answer_len,
+        max_seq_len, max_question_len, handle_impossible_answer, align_to_words, padding.
 
     Raises:
       KeyError: another task.
@@ -141,8 +142,8 @@ def pipeline(
     }
     if unknown:
         raise TypeError(
-            f"pipeline() does not take {', '.join(sorted(unknown))}; parameters of a call are "
-            f"{', '.join(NAMES)}"
+            f"pipeline() does not take {', '.join(sorted(unknown))}; it takes task, model, "
+            f"tokenizer, revision, device, batch_size, dtype, read_ahead, {', '.join(NAMES)}"
         )
     check_batch_size(batch_size)
     if type(read_ahead) is not int or read_ahead < 1:
@@ -160,7 +161,7 @@ def pipeline(
         model, revision = DEFAULT_MODEL, revision or DEFAULT_REVISION
     if isinstance(model, QuestionAnsweringModel):
         if tokenizer is None:
-            raise UsageError("a model without a directory needs a tokenizer")
+            raise UsageError("with a model that is an object, tokenizer= is needed, too")
         loaded = Checkpoint(model, model.config, tokenizer, Path(), None, (), {})
     elif isinstance(model, (str, Path)):
         loaded = checkpoint.load(model, revision=revision, dtype=name)
@@ -215,12 +216,15 @@ class QuestionAnsweringPipeline:
         )
         self.known: dict[str, features.Tokens] = {}
 
+    def __repr__(self) -> str:
+        return f"<QuestionAnsweringPipeline of a {type(self.model).__name__}, {self.defaults}>"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answers one question or many.
 
         Takes `question=` and `context=`, strings or sequences of them; or, as the only argument, a
-        dict with both, a list of such dicts, or an iterator of them; or question and context.
-        Besides the parameters of `Parameters`.
+        dict with both, a list of such dicts, or a generator of them; or question and context.
+        Besides, for this call, the parameters of `Parameters`.
 
         Returns:
           For one question a dict of `score`, `start`, `end` (characters of the context, end
@@ -306,7 +310,9 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
     """The records that a call names, an iterator if it names one."""
     known = {"question", "context", "X", "data"}
     if unknown := kwargs.keys() - known:
-        raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
+        raise TypeError(
+            f"unknown arguments: {', '.join(sorted(unknown))}; parameters are {', '.join(NAMES)}"
+        )
     if args:
         if len(args) == 2 and all(isinstance(each, str) for each in args):
             return [{"question": args[0], "context": args[1]}]

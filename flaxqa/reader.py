@@ -87,7 +87,7 @@ def load(
     Args:
       model: a directory, or a hub id such as `distilbert/distilbert-base-uncased-distilled-squad`.
       revision: branch, tag or commit of a hub model.
-      dtype: of weights and operands: float32, bfloat16, float16.
+      dtype: of weights and operands: float32, bfloat16, float16; float64 under `jax.enable_x64`.
       parallel: "jit" or "pmap", how rows are split over the devices.
       devices: how many of this process's devices to use; None for all.
       batch_size: windows of a batch on all devices together; None for as many as suit the device.
@@ -148,6 +148,14 @@ class Reader:
         self.predictor = predict.Predictor(loaded.model, max_length=max_length, **devices)
         self.known: dict[str, features.Tokens] = {}
 
+    def __repr__(self) -> str:
+        config = self.checkpoint.config
+        return (
+            f"<Reader of {self.checkpoint.directory}: {config.model_type}, {config.n_layers} "
+            f"layers, {config.dim} channels, {self.checkpoint.model.dtype}, on "
+            f"{len(self.predictor.devices)} {self.predictor.devices[0].platform} device(s)>"
+        )
+
     def answer(self, question: str, context: str, **options: Unpack[AnswerOptions]) -> Answers:
         """The best answers to one question about one context, best first: always a list.
 
@@ -206,11 +214,11 @@ class Reader:
         for name, value in (
             ("top_k", top_k), ("max_answer_length", max_answer_length), ("chunk_size", chunk_size)
         ):  # fmt: skip
-            if value < 1:
-                raise UsageError(f"{name} is {value}, it must be at least 1")
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise UsageError(f"{name} is {value!r}, it must be an integer of at least 1")
         for name, share in (("min_score", min_score), ("no_answer_threshold", no_answer_threshold)):
-            if share is not None and not 0 <= share <= 1:
-                raise UsageError(f"{name} is {share}, it must be from 0 to 1")
+            if share is not None and not (isinstance(share, (int, float)) and 0 <= share <= 1):
+                raise UsageError(f"{name} is {share!r}, it must be a number from 0 to 1")
 
         if isinstance(records, (str, Mapping)):
             raise UsageError("records are an iterable of records; for one there is answer()")
@@ -254,6 +262,8 @@ class Reader:
           context: the text that holds the answers.
           **options: those of `answers`.
         """
+        if isinstance(questions, str):
+            raise UsageError("questions are an iterable of strings; for one there is answer()")
         records = ({"question": question, "context": context} for question in questions)
         return list(self.answers(records, **options))
 
@@ -264,8 +274,10 @@ class Reader:
 
         The contexts compete as if they were the windows of one: by the sum of start and end logit,
         with scores out of one softmax over all of them ("shared normalization", Clark and Gardner
-        2017, https://arxiv.org/abs/1710.10723). `Answer.context` says which context an answer is
-        from. Contexts that cannot be asked are named in `error`.
+        2017, https://arxiv.org/abs/1710.10723); so each score falls as contexts are added. A model
+        that was trained on contexts with the answer only, as SQuAD v1.1's, may be as sure of a
+        wrong context. `Answer.context` says which context an answer is from. Contexts that cannot
+        be asked are named in `error`.
 
         Args:
           question: what to ask.
@@ -278,6 +290,8 @@ class Reader:
         """
         if (reason := why_not_text("question", question)) is not None:
             raise DataError(reason)
+        if isinstance(contexts, str):
+            raise UsageError("contexts are an iterable of strings; for one there is answer()")
         top_k = options.get("top_k", 1)
         min_score = options.pop("min_score", 0.0)
         threshold = options.pop("no_answer_threshold", None)

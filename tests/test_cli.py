@@ -117,7 +117,7 @@ def test_ask_is_readable_on_a_terminal():
         (
             ["--model", MODEL, "--context", "x", "--top-k", "0"],
             2,
-            "top_k is 0, it must be at least 1",
+            "top_k is 0, it must be an integer of at least 1",
         ),
         (["--model", MODEL, "--context", "x", "--context-file", "y"], 2, "not both"),
         (["--model", MODEL, "--context-file", "/no/file"], 2, "/no/file cannot be read"),
@@ -282,10 +282,35 @@ def test_score_takes_squad_2_as_its_official_script_does(tmp_path):
          "best_exact": 2 * third, "best_exact_thresh": -2.5, "best_f1": 2 * third,
          "best_f1_thresh": -2.5}
     )  # fmt: skip
+    short = flaxqa("score", *files, "-n", odds[1], "-t", 4, "-o", tmp_path / "out.json")
+    assert (short.returncode, short.stdout) == (0, "")
+    assert json.loads((tmp_path / "out.json").read_text()) == chosen
+    with_intervals = json.loads(flaxqa("score", *files, "--intervals").stdout)
+    assert {"exact_interval", "f1_interval"} <= with_intervals.keys()
+    no_file = flaxqa("score", *files, "-t", 4)
+    assert "--na-prob-thresh needs --na-prob-file" in no_file.stderr
     (tmp_path / "odds.json").write_text('{"1": 0.5}')
     missing = flaxqa("score", *files, *odds)
     assert (missing.returncode, missing.stdout) == (2, "")
     assert "has no number for 2 predictions, the first of them '2'" in missing.stderr
+
+
+def test_predictions_of_other_questions_are_noticed(tmp_path):
+    (tmp_path / "predictions.json").write_text('{"x": "y"}')
+    done = flaxqa("score", QUICKSTART / "heldout.json", tmp_path / "predictions.json")
+    assert json.loads(done.stdout) == {"exact_match": 0.0, "f1": 0.0}
+    assert done.stderr.count("Unanswered question") == 20
+    assert "and 539 more unanswered questions" in done.stderr
+    assert "is for a question of" in done.stderr
+
+
+def test_an_excerpt_is_whole_words_on_one_line():
+    from flaxqa.cli import excerpt
+
+    context = "aaa bbb\nccc  ddd eee fff ggg"
+    assert excerpt(context, 13, 16, around=9) == ("… ccc ", " eee fff …")
+    assert excerpt(context, 13, 16) == ("aaa bbb ccc ", " eee fff ggg")
+    assert excerpt("x", 0, 1) == ("", "")
 
 
 def test_score_of_squad_1_takes_no_numbers(tmp_path):

@@ -307,3 +307,14 @@ def test_torch_tensors_are_answered_with_torch_tensors(tensors, batch, reference
     assert isinstance(out.hidden_states[0], torch.Tensor)
     assert not out.end_logits.requires_grad
     assert largest_difference(out.end_logits, expected.end_logits, batch[1] == 1) < 1e-4
+
+
+def test_an_output_can_be_indexed_as_transformers_can(tensors, batch):
+    out = flax_model(tensors)(*batch, output_attentions=True)
+    assert out[0] is out["start_logits"] is out.start_logits
+    assert out[:2] == (out.start_logits, out.end_logits)
+    assert out.to_tuple()[2] is out.attentions  # there are no hidden states
+    with pytest.raises(KeyError, match="loss"):
+        out["loss"]
+    with pytest.raises(ValueError, match=r"call model\(\*\*tokenizer"):
+        flax_model(tensors)(batch[0][0])

@@ -237,7 +237,7 @@ def test_what_the_pipeline_cannot_be_made_of_is_named(tmp_path):
         flaxqa.pipeline(model=MODEL, trust_remote_code=True)
     with pytest.raises(ValueError, match="model is a object"):
         flaxqa.pipeline(model=object())
-    with pytest.raises(ValueError, match="needs a tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer= is needed"):
         flaxqa.pipeline(model=checkpoint.load(MODEL).model)
     with pytest.raises(ValueError, match="tokenizer is a object"):
         flaxqa.pipeline(model=MODEL, tokenizer=object())

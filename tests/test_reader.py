@@ -188,6 +188,8 @@ def test_logits_that_are_not_finite_are_an_error_of_their_row(reader, monkeypatc
     ("options", "message"),
     [
         ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": "3"}, "top_k is '3', it must be an integer"),
+        ({"min_score": "x"}, "min_score is 'x'"),
         ({"max_answer_length": 0}, "max_answer_length is 0"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"min_score": 1.5}, "min_score is 1.5"),
@@ -256,6 +258,21 @@ def test_search_takes_any_number_of_contexts_and_names_bad_ones(reader):
     for bad in ("", "\ud800", None):
         with pytest.raises(DataError, match="the question"):
             reader.search(bad, [CONTEXT])
+
+
+def test_one_string_is_not_taken_for_many(reader):
+    with pytest.raises(UsageError, match="contexts are an iterable"):
+        reader.search(QUESTION, CONTEXT)
+    with pytest.raises(UsageError, match="questions are an iterable"):
+        reader.answer_questions(QUESTION, CONTEXT)
+
+
+def test_what_is_shown_says_what_is_wrong(reader):
+    (bad,) = reader.answers([("", CONTEXT)])
+    assert repr(bad) == "Answers([], error='the question is empty')"
+    assert "distilbert, 4 layers, 128 channels, float32, on 1 cpu" in repr(reader)
+    assert "load" in dir(flaxqa)
+    assert issubclass(flaxqa.errors.DataError, ValueError)
 
 
 def test_the_mlperf_windows_are_an_option(reader):
