@@ -137,7 +137,7 @@ class Eval:
     config: Path | None = None
     """TOML file with any of the options below; an option given here wins over the file."""
 
-    options: EvalConfig
+    evaluation: EvalConfig
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -183,7 +183,7 @@ def run(argv: list[str]) -> int:
         return ask(command)
     if isinstance(command, Score):
         return score(command)
-    return evaluate(command.options)
+    return evaluate(command.evaluation)
 
 
 def parse(argv: list[str]) -> Any:
@@ -191,7 +191,7 @@ def parse(argv: list[str]) -> Any:
     given = option(argv, "--config") if argv[:1] == ["eval"] else None
     values = read_toml(given) if given is not None else {}
     required = dict.fromkeys(PATHS, tyro.MISSING)
-    defaults = Eval(options=EvalConfig(**{**required, **values}))
+    defaults = Eval(evaluation=EvalConfig(**{**required, **values}))
     commands = (
         Annotated[Ask, tyro.conf.subcommand("ask")]
         | Annotated[Eval, tyro.conf.subcommand("eval", default=defaults)]
