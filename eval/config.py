@@ -6,6 +6,7 @@ Light to import: the command line builds its help from it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -86,6 +87,11 @@ class EvalConfig:
             f"{name} is {value}, it must be at least 1"
             for name in ("limit", "devices", "batch_size", "n_best", "max_answer_length")
             if (value := getattr(self, name)) is not None and value < 1
+        ]
+        problems += [
+            f"{name} is {value}, it must be a finite number"
+            for name in ("null_score_diff_threshold", "min_f1")
+            if (value := getattr(self, name)) is not None and not math.isfinite(value)
         ]
         if problems:
             raise UsageError(all_problems("the config cannot be used", problems))

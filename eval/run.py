@@ -177,7 +177,8 @@ def read_data(config: EvalConfig) -> tuple[squad.Data, dict[str, Any]]:
 
 def run_key(run: dict[str, Any]) -> str:
     """A hash of everything that decides an answer: a resumed run must have the same."""
-    config = {k: v for k, v in run["config"].items() if k not in ("output", "min_f1")}
+    later = ("output", "min_f1", "null_score_diff_threshold")  # these decide no row
+    config = {k: v for k, v in run["config"].items() if k not in later}
     model = {k: v for k, v in run["model"].items() if k != "directory"}
     decides = {**run, "config": config, "model": model}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -412,7 +413,7 @@ def n_best(row: Answers) -> list[dict[str, Any]]:
 
 
 def as_json(content: Any) -> bytes:
-    return json.dumps(content, indent=1).encode() + b"\n"
+    return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def parquet(

@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -206,7 +207,18 @@ def read_na_probs(path: str | Path) -> dict[str, float]:
     Raises:
       DataError: it cannot be read or has another form; names every entry.
     """
-    return {key: float(value) for key, value in read_object(path, "number", (int, float)).items()}
+    content = read_object(path, "number", (int, float))
+    problems = []
+    for key, value in content.items():
+        try:
+            content[key] = float(value)
+        except OverflowError:
+            content[key] = math.inf
+        if not math.isfinite(content[key]):
+            problems.append(f"{key!r} is {str(value)[:20]}, not a finite number")
+    if problems:
+        raise DataError(all_problems(f"{path} has not a number for each id", problems))
+    return content
 
 
 def read_object(path: str | Path, what: str, kinds: type | tuple[type, ...]) -> dict[str, Any]:
@@ -216,7 +228,7 @@ def read_object(path: str | Path, what: str, kinds: type | tuple[type, ...]) -> 
     problems = [
         f"{example_id!r} is {type(value).__name__}, not a {what}"
         for example_id, value in content.items()
-        if not isinstance(value, kinds) or isinstance(value, bool) or value != value
+        if not isinstance(value, kinds) or isinstance(value, bool)
     ]
     if problems:
         raise DataError(all_problems(f"{path} has not a {what} for each id", problems))
@@ -304,8 +316,14 @@ class Scores:
         }
 
     def with_no_answer(self, na_probs: Mapping[str, float], threshold: float) -> Scores:
-        """The scores when every question whose number is above the threshold is left unanswered."""
-        left = np.array([na_probs.get(each, -np.inf) > threshold for each in self.ids])
+        """The scores when every question whose number is above the threshold is left unanswered.
+
+        One without a prediction stays at 0.
+        """
+        missing = set(self.unanswered)
+        left = np.array(
+            [na_probs.get(each, -np.inf) > threshold and each not in missing for each in self.ids]
+        )
         return dataclasses.replace(
             self,
             exact_matches=np.where(left, ~self.has_answer, self.exact_matches),

@@ -19,6 +19,7 @@ Three rules, by name:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -67,6 +68,7 @@ class Answers(list[Answer]):
         lowest sum of its start and end logit in any window, minus the best span's sum. run_qa's
         `score_diff`; infinite where there is no span. Means something for models trained on
         questions without answers, as those of SQuAD 2.0.
+      null_logit: the lowest sum of the start and end logit of `[CLS]` in any window.
       log_normalizers: of the start and of the end softmax behind `Answer.score`.
       n_windows: how many windows the context was cut into.
       question_cut: whether the question was too long and lost its end.
@@ -75,11 +77,16 @@ class Answers(list[Answer]):
     """
 
     null_odds: float = math.inf
+    null_logit: float = math.inf
     log_normalizers: tuple[float, float] = (-math.inf, -math.inf)
     n_windows: int = 0
     question_cut: bool = False
     record: Any = None
     error: str | None = None
+
+    def copy(self) -> Answers:
+        """The same answers with all that belongs to them."""
+        return copy.copy(self)
 
     def __repr__(self) -> str:
         error = "" if self.error is None else f", error={self.error!r}"
@@ -101,7 +108,7 @@ def non_finite(features: Sequence[Feature], logits: Sequence[Logits]) -> set[int
 
 
 class Table:
-    """The logits of many windows side by side, W windows by T tokens, as both decoders need them.
+    """The logits of many windows side by side, W windows by T tokens, for `spans` and `squad`.
 
     Attributes:
       start: [W, T], -inf past a window's end.
@@ -194,7 +201,7 @@ class Table:
         columns = (self.null(), self.log_start, self.log_end)
         rows = zip(found, *(column.tolist() for column in columns), strict=True)
         for one, null, log_start, log_end in rows:
-            one.log_normalizers = (log_start, log_end)
+            one.null_logit, one.log_normalizers = null, (log_start, log_end)
             if one:
                 one.null_odds = null - one[0].start_logit - one[0].end_logit
         return found
@@ -241,6 +248,7 @@ def decode_spans(
         return [Answers() for _ in examples]
     table = Table(examples, features, logits)
     start, end = inside_contexts(table)
+    max_answer_length = min(max_answer_length, start.shape[1])
     if overlapping:
         return overlapping_spans(table, start, end, top_k, max_answer_length, align_to_words)
     found = table.collected(spans(table, start, end, 1, max_answer_length, align_to_words))
@@ -291,7 +299,7 @@ def spans(
     """The n highest spans of each example, equal sums ordered by window and position."""
     # The best sum that begins at each column. A span among the n best begins in one of the n best
     # of these, so only those starts are paired with every end.
-    first = best(start + highest_ahead(end, max_answer_length), n)
+    first = np.sort(best(start + highest_ahead(end, max_answer_length), n), axis=1)
     last = first[:, :, None] + np.arange(max_answer_length)
     pairs = np.take_along_axis(start, first, 1)[:, :, None] + np.where(
         last < end.shape[1],
@@ -486,7 +494,8 @@ def window_spans(
 
     Spans that touch a token which is not inside are dropped after the choice, as in the source.
     """
-    products = np.tril(np.triu(start[:, None] * end[None, :]), max_answer_length - 1)
+    reach = min(max_answer_length, len(start))
+    products = np.tril(np.triu(start[:, None] * end[None, :]), reach - 1)
     flat = products.reshape(-1)
     if n == 1:
         order = np.array([np.argmax(flat)])

@@ -176,7 +176,9 @@ def fetch(repo_id: str, revision: str | None) -> tuple[Path, str]:
         try:
             get(file)
         except errors.LocalEntryNotFoundError as error:
-            unreached.append(error)
+            known = huggingface_hub.try_to_load_from_cache(repo_id, file, revision=revision)
+            if known is not huggingface_hub._CACHED_NO_EXIST:  # not known to be missing there
+                unreached.append(error)
             return False
         except errors.EntryNotFoundError:
             return False
@@ -189,7 +191,10 @@ def fetch(repo_id: str, revision: str | None) -> tuple[Path, str]:
         tokenizer_files = [file for file in ("tokenizer.json", "vocab.txt") if get_if_there(file)]
         if not tokenizer_files and not unreached:
             raise ModelRejected(f"{where} has neither tokenizer.json nor vocab.txt")
-        get_if_there("tokenizer_config.json")
+        if not get_if_there("tokenizer_config.json") and unreached:
+            if tokenizer_files == ["vocab.txt"]:  # it may say that upper case is kept
+                raise unreached[-1]
+            unreached.pop()
         found = next((file for file in weights.FORMATS if get_if_there(file)), None)
         if unreached and not (tokenizer_files and found):
             raise unreached[0]

@@ -522,7 +522,8 @@ class QuestionAnsweringModel(nnx.Module):
             if isinstance(values, jax.core.Tracer):
                 continue
             array = np.asarray(values)
-            if not (np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_):
+            whole = np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_
+            if not whole and (name == "input_ids" or (array != np.floor(array)).any()):
                 raise ValueError(f"{name} are {array.dtype}, they must be integers")
             if array.size and not 0 <= array.min() <= array.max() < end:
                 worst = array.min() if array.min() < 0 else array.max()

@@ -7,7 +7,6 @@ defects included. What differs, and why, is listed in README.md, "Coming from th
 from __future__ import annotations
 
 import dataclasses
-import json
 import operator
 import types
 import warnings
@@ -23,7 +22,7 @@ from flaxqa.checkpoint import Checkpoint
 from flaxqa.errors import DataError, ModelRejected, UsageError, all_problems
 from flaxqa.features import Example
 from flaxqa.model import QuestionAnsweringModel
-from flaxqa.reader import NOT_FINITE, RECORDS_PER_CHUNK, chunks
+from flaxqa.reader import NOT_FINITE, RECORDS_PER_CHUNK, check_counts, chunks
 
 TASK = "question-answering"
 # What 4.57 takes when no model is named.
@@ -145,13 +144,14 @@ def pipeline(
             f"pipeline() does not take {', '.join(sorted(unknown))}; it takes task, model, "
             f"tokenizer, revision, device, batch_size, dtype, read_ahead, {', '.join(NAMES)}"
         )
-    check_batch_size(batch_size)
-    if type(read_ahead) is not int or read_ahead < 1:
-        raise UsageError(f"read_ahead is {read_ahead!r}, it must be at least 1")
+    check_counts(batch_size=1 if batch_size is None else batch_size, read_ahead=read_ahead)
     defaults = merged(Parameters(), parameters)
     devices = which_devices(device)
-    name = str(dtype if dtype is not None else torch_dtype or "auto").removeprefix("torch.")
-    name = "float32" if name == "auto" else name
+    dtype = torch_dtype if dtype is None else dtype
+    if dtype is None or dtype == "auto":
+        dtype = None
+    elif str(dtype).startswith("torch."):
+        dtype = str(dtype).removeprefix("torch.")
     predict.use_compilation_cache()
     if model is None:
         warnings.warn(
@@ -160,22 +160,26 @@ def pipeline(
         )
         model, revision = DEFAULT_MODEL, revision or DEFAULT_REVISION
     if isinstance(model, QuestionAnsweringModel):
+        if dtype is not None or revision is not None:
+            raise UsageError("dtype and revision are for loading; this model is loaded already")
         if tokenizer is None:
             raise UsageError("with a model that is an object, tokenizer= is needed, too")
+        tokenizer, longest = tokenizer_of(tokenizer)
         loaded = Checkpoint(model, model.config, tokenizer, Path(), None, (), {})
     elif isinstance(model, (str, Path)):
-        loaded = checkpoint.load(model, revision=revision, dtype=name)
+        loaded = checkpoint.load(model, revision=revision, dtype=dtype or "float32")
+        longest = model_max_length(loaded.directory)
+        if tokenizer is not None:
+            tokenizer, longest = tokenizer_of(tokenizer)
     else:
         raise UsageError(
             f"model is a {type(model).__name__}; flaxqa takes a directory, a hub id, or its own "
             "DistilBertForQuestionAnswering or BertForQuestionAnswering"
         )
-    longest = longest_of(loaded.directory)
     if tokenizer is not None:
-        chosen, longest = read_tokenizer(tokenizer)
-        if problems := checkpoint.tokenizer_problems(chosen, loaded.config):
+        if problems := checkpoint.tokenizer_problems(tokenizer, loaded.config):
             raise ModelRejected(all_problems("the tokenizer does not fit the model", problems))
-        loaded = dataclasses.replace(loaded, tokenizer=chosen)
+        loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
     return QuestionAnsweringPipeline(
         loaded,
         defaults=defaults,
@@ -229,7 +233,7 @@ class QuestionAnsweringPipeline:
         Returns:
           For one question a dict of `score`, `start`, `end` (characters of the context, end
           exclusive) and `answer`, or a list of them if several are asked for and there; for many a
-          list of these; for an iterator, an iterator of these.
+          list of these; for a generator or a torch data set, an iterator of these.
 
         Raises:
           ValueError: a text is empty or None, a parameter has a value that cannot be, or a
@@ -238,12 +242,13 @@ class QuestionAnsweringPipeline:
         """
         given = {name: kwargs.pop(name) for name in (*NAMES, "topk") if name in kwargs}
         parameters = self.fitting(merged(self.defaults, given))
-        check_batch_size(kwargs.pop("batch_size", None))  # it changes no answer
+        batch_size = kwargs.pop("batch_size", None)  # it changes no answer
+        check_counts(batch_size=1 if batch_size is None else batch_size)
         kwargs.pop("num_workers", None)
         inputs = arguments(args, kwargs)
         if isinstance(inputs, types.GeneratorType) or is_torch_dataset(inputs):
-            return self.stream((check(record, empty=True) for record in inputs), parameters)
-        records = [check(record) for record in inputs]  # all of them before any is computed
+            return self.stream(checked(inputs, empty=True), parameters)
+        records = list(checked(inputs))  # all of them before any is computed
         outputs = list(self.stream(iter(records), parameters))
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -263,8 +268,15 @@ class QuestionAnsweringPipeline:
     def stream(self, records: Iterator[Record], parameters: Parameters) -> Iterator[Output]:
         """The output of each record, in order; reads `read_ahead` records before the first."""
         positions = self.model.config.max_position_embeddings
-        for chunk in chunks(records, self.read_ahead, size_of=lambda record: len(record[1])):
-            examples = [Example(question, question, context) for question, context, _ in chunk]
+        number = 0
+        for chunk in chunks(
+            records, self.read_ahead, size_of=lambda record: len(record[0]) + len(record[1])
+        ):
+            examples = [
+                Example(f"record {number + index}", question, context)
+                for index, (question, context, _) in enumerate(chunk)
+            ]
+            number += len(chunk)
             windows = features.make(
                 examples,
                 self.tokenizer,
@@ -320,12 +332,12 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
     elif "X" in kwargs or "data" in kwargs:
         inputs = kwargs.get("X", kwargs.get("data"))
     elif "question" in kwargs and "context" in kwargs:
-        return together(kwargs["question"], kwargs["context"])
+        return records_of(kwargs["question"], kwargs["context"])
     else:
         raise UsageError("a question and a context are needed")
     if isinstance(inputs, Mapping):
         lists = [name for name in inputs if name in NEEDED and isinstance(inputs[name], list)]
-        return together(*(inputs.get(name) for name in NEEDED)) if lists else [inputs]
+        return records_of(*(inputs.get(name) for name in NEEDED)) if lists else [inputs]
     if is_torch_dataset(inputs) and not isinstance(inputs, Iterable):
         return (inputs[index] for index in range(len(inputs)))
     if isinstance(inputs, str) or not isinstance(inputs, Iterable):
@@ -333,7 +345,7 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
     return inputs
 
 
-def together(questions: Any, contexts: Any) -> list[dict[str, Any]]:
+def records_of(questions: Any, contexts: Any) -> list[dict[str, Any]]:
     """One record for each question, each context, or each pair of them."""
     for name, given in (("question", questions), ("context", contexts)):
         if given is None:
@@ -360,9 +372,15 @@ def is_torch_dataset(inputs: Any) -> bool:
     return any(base.__module__.startswith("torch.utils.data") for base in type(inputs).__mro__)
 
 
-def check_batch_size(batch_size: Any) -> None:
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-        raise UsageError(f"batch_size is {batch_size!r}, it must be at least 1")
+def checked(records: Iterable[Any], *, empty: bool = False) -> Iterator[Record]:
+    """What `check` gives for each record; its errors say which record it was, if not the first."""
+    for number, record in enumerate(records):
+        try:
+            yield check(record, empty=empty)
+        except (KeyError, UsageError) as error:
+            if number == 0:
+                raise
+            raise type(error)(f"record {number}: {error.args[0]}") from error
 
 
 def check(record: Any, *, empty: bool = False) -> Record:
@@ -400,10 +418,10 @@ def which_devices(device: Any) -> list[jax.Device] | None:
     if name in ("-1", "cpu"):
         return jax.local_devices(backend="cpu")[:1]
     kind, _, number = name.partition(":")
-    if kind.isdigit():
+    if kind.isdecimal():
         kind, number = "", kind
     kind = "gpu" if kind == "cuda" else kind
-    if not (number or "0").isdigit():
+    if not (number or "0").isdecimal():
         raise UsageError(f"device {name!r} is not understood")
     try:
         devices = jax.local_devices(backend=kind or None)
@@ -415,11 +433,11 @@ def which_devices(device: Any) -> list[jax.Device] | None:
     return [devices[int(number or 0)]]
 
 
-def read_tokenizer(tokenizer: Any) -> tuple[tokenizers.Tokenizer, int]:
+def tokenizer_of(tokenizer: Any) -> tuple[tokenizers.Tokenizer, int]:
     """A tokenizer of ours from what a user names, and its `model_max_length`."""
     if isinstance(tokenizer, (str, Path)):
         directory, _ = checkpoint.locate(tokenizer)
-        return checkpoint.load_tokenizer(directory)[0], longest_of(directory)
+        return checkpoint.load_tokenizer(directory)[0], model_max_length(directory)
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not isinstance(backend, tokenizers.Tokenizer):
         raise UsageError(
@@ -434,9 +452,9 @@ def read_tokenizer(tokenizer: Any) -> tuple[tokenizers.Tokenizer, int]:
     return copy, int(min(getattr(tokenizer, "model_max_length", 384), 1 << 30))
 
 
-def longest_of(directory: Path) -> int:
-    """`model_max_length` of the directory's tokenizer_config.json; without one, any length."""
-    path = directory / "tokenizer_config.json"
-    settings = json.loads(path.read_bytes()) if path.is_file() else {}
+def model_max_length(directory: Path) -> int:
+    """That of the directory's tokenizer_config.json; without one, any length."""
+    name = "tokenizer_config.json"
+    settings = checkpoint.read_json(directory, name) if (directory / name).is_file() else {}
     value = settings.get("model_max_length")
     return int(value) if isinstance(value, (int, float)) and 1 <= value < 1 << 30 else 1 << 30

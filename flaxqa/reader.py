@@ -28,6 +28,7 @@ from flaxqa.predict import Logits
 MAX_LENGTH, DOC_STRIDE = 384, 128
 RECORDS_PER_CHUNK = 1_024
 CHARACTERS_PER_CHUNK = 4_000_000  # so that a few huge contexts do not fill the memory
+ERRORS_SHOWN = 20
 NOT_FINITE = "the model's logits are not finite"
 
 Item = TypeVar("Item")
@@ -211,14 +212,8 @@ class Reader:
         Raises:
           UsageError: an option has a value that cannot be.
         """
-        for name, value in (
-            ("top_k", top_k), ("max_answer_length", max_answer_length), ("chunk_size", chunk_size)
-        ):  # fmt: skip
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise UsageError(f"{name} is {value!r}, it must be an integer of at least 1")
-        for name, share in (("min_score", min_score), ("no_answer_threshold", no_answer_threshold)):
-            if share is not None and not (isinstance(share, (int, float)) and 0 <= share <= 1):
-                raise UsageError(f"{name} is {share!r}, it must be a number from 0 to 1")
+        check_counts(top_k=top_k, max_answer_length=max_answer_length, chunk_size=chunk_size)
+        check_shares(min_score=min_score, no_answer_threshold=no_answer_threshold)
 
         if isinstance(records, (str, Mapping)):
             raise UsageError("records are an iterable of records; for one there is answer()")
@@ -237,10 +232,10 @@ class Reader:
             )
 
         def stream() -> Iterator[Answers]:
-            for chunk in chunks(records, chunk_size, size_of=characters):
-                examples = [as_example(record) for record in chunk]
-                found, _ = self.answer_chunk(examples, decode)
-                for record, one in zip(chunk, found, strict=True):
+            read = ((record, as_example(record)) for record in records)
+            for chunk in chunks(read, chunk_size, size_of=lambda pair: characters(pair[1])):
+                found, _ = self.answer_chunk([example for _, example in chunk], decode)
+                for (record, _), one in zip(chunk, found, strict=True):
                     one.record = record
                     no_answer = no_answer_threshold is not None and (
                         one.no_answer_score > no_answer_threshold
@@ -295,22 +290,24 @@ class Reader:
         top_k = options.get("top_k", 1)
         min_score = options.pop("min_score", 0.0)
         threshold = options.pop("no_answer_threshold", None)
-        together, errors = Answers(), []
+        check_shares(min_score=min_score, no_answer_threshold=threshold)
+        together, errors, n_errors = Answers(), [], 0
         together.record = {"question": question}
         best: list[tuple[float, int, int, Answer]] = []  # a heap, the worst first
-        null, normalizers = math.inf, np.full(2, -np.inf)
+        normalizers = np.full(2, -np.inf)
         records = ({"question": question, "context": context} for context in contexts)
         for index, found in enumerate(self.answers(records, **options)):
             together.n_windows += found.n_windows
             together.question_cut |= found.question_cut
             if found.error is not None:
-                errors.append(f"context {index}: {found.error}")
+                n_errors += 1
+                if n_errors <= ERRORS_SHOWN:
+                    errors.append(f"context {index}: {found.error}")
                 continue
+            together.null_logit = min(together.null_logit, found.null_logit)
             normalizers = np.logaddexp(normalizers, found.log_normalizers)
             for rank, answer in enumerate(found):
                 total = answer.start_logit + answer.end_logit
-                if rank == 0:
-                    null = min(null, found.null_odds + total)
                 entry = (total, -index, -rank, dataclasses.replace(answer, context=index))
                 if len(best) < top_k:
                     heapq.heappush(best, entry)
@@ -318,8 +315,10 @@ class Reader:
                     heapq.heappushpop(best, entry)
         ranked = sorted(best, reverse=True)
         if ranked:
-            together.null_odds = null - ranked[0][0]
+            together.null_odds = together.null_logit - ranked[0][0]
         together.log_normalizers = (float(normalizers[0]), float(normalizers[1]))
+        if n_errors > ERRORS_SHOWN:
+            errors.append(f"and {n_errors - ERRORS_SHOWN} more")
         together.error = "; ".join(errors) or None
         if threshold is None or together.no_answer_score <= threshold:
             for *_, answer in ranked:
@@ -402,42 +401,74 @@ def chunks(
 ) -> Iterator[list[Item]]:
     """The items in order, in lists of at most `most` and at most CHARACTERS_PER_CHUNK characters.
 
-    An item that is larger is alone. Where a list ends depends on nothing before its first item.
-    `most` is RECORDS_PER_CHUNK when left out.
+    An item that is larger is alone. Where a list ends depends on nothing before its first item. A
+    full list is given before another item is read, and what was read before an error of `items`
+    before the error. `most` is RECORDS_PER_CHUNK when left out.
     """
     most = RECORDS_PER_CHUNK if most is None else most
     chunk: list[Item] = []
     size = 0
-    for item in items:
+    iterator = iter(items)
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            break
+        except Exception:
+            if chunk:
+                yield chunk
+            raise
         size += size_of(item)
-        if chunk and (len(chunk) == most or size > CHARACTERS_PER_CHUNK):
+        if chunk and size > CHARACTERS_PER_CHUNK:
             yield chunk
             chunk, size = [], size_of(item)
         chunk.append(item)
+        if len(chunk) == most:
+            yield chunk
+            chunk, size = [], 0
     if chunk:
         yield chunk
 
 
+def check_counts(**counts: Any) -> None:
+    """Refuses what is not an integer of at least 1."""
+    for name, value in counts.items():
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise UsageError(f"{name} is {value!r}, it must be an integer of at least 1")
+
+
+def check_shares(**shares: Any) -> None:
+    """Refuses what is neither None nor a number from 0 to 1."""
+    for name, value in shares.items():
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+            raise UsageError(f"{name} is {value!r}, it must be a number from 0 to 1")
+
+
 def as_example(record: Any) -> Example | str:
     """The question and the context of a record, or why it has none."""
-    if isinstance(record, Example):
-        return record
     names = ("question", "context")
-    if isinstance(record, tuple) and len(record) == 2:
+    if isinstance(record, Example):
+        record = {name: getattr(record, name) for name in names}
+    elif isinstance(record, (tuple, list)) and len(record) == 2:
         record = dict(zip(names, record, strict=True))
     if not isinstance(record, Mapping):
         return f"the record is {type(record).__name__}, not a mapping, a pair or an Example"
+    texts = []
     for name in names:
-        if name not in record:
+        try:
+            text = record[name]
+        except KeyError:
             return f"the record has no {name}"
-        if not isinstance(record[name], str):
-            return f"the {name} is {type(record[name]).__name__}, not a string"
-    return Example("", record["question"], record["context"])
+        except Exception as error:  # whatever the mapping does: a row never ends a stream
+            return f"the {name} cannot be read: {error!r}"
+        if not isinstance(text, str):
+            return f"the {name} is {type(text).__name__}, not a string"
+        texts.append(text)
+    return Example("", *texts)
 
 
-def characters(record: Any) -> int:
-    """How much text a record has, as far as it has any."""
-    example = as_example(record)
+def characters(example: Example | str) -> int:
+    """How much text an example has; none if it is the reason why there is none."""
     return 0 if isinstance(example, str) else len(example.question) + len(example.context)
 
 

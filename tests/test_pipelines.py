@@ -2,6 +2,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import QUICKSTART, SHARED
@@ -79,6 +80,14 @@ def test_a_generator_gives_an_iterator_in_order(qa):
         assert same(answer, qa(question=QUESTION, context=context))
 
 
+def test_a_bad_record_of_a_generator_is_named_and_costs_no_other(qa):
+    record = {"question": QUESTION, "context": CONTEXT}
+    stream = qa(each for each in (record, record, {**record, "context": None}))
+    assert same([next(stream), next(stream)], [qa(**record)] * 2)
+    with pytest.raises(ValueError, match="record 2: `context` cannot be None"):
+        next(stream)
+
+
 def test_a_torch_data_set_gives_an_iterator(qa):
     import torch
 
@@ -143,6 +152,8 @@ def test_parameters_can_be_defaults_of_the_pipeline(qa):
         qa(question=QUESTION, context=CONTEXT, top_k=3, max_answer_len=4),
     )
     assert isinstance(several(question=QUESTION, context=CONTEXT, top_k=1), dict)
+    huge = qa(question=QUESTION, context=CONTEXT, max_answer_len=10**30)
+    assert same(huge, qa(question=QUESTION, context=CONTEXT, max_answer_len=384))
 
 
 def test_the_old_name_of_top_k_still_works(qa):
@@ -166,7 +177,8 @@ def test_padding_and_max_question_len_change_nothing(qa):
         ({"question": "", "context": "x"}, ValueError, "`question` cannot be empty"),
         ({"question": "x", "context": ""}, ValueError, "`context` cannot be empty"),
         ({"question": None, "context": "x"}, ValueError, "`question` cannot be None"),
-        ({"question": ["x", None], "context": "x"}, ValueError, "`question` cannot be None"),
+        ({"question": ["x", None], "context": "x"}, ValueError, "record 1: `question` cannot be N"),
+        ({"data": [{"question": "x", "context": "x"}, {}]}, KeyError, "record 1: You need"),
         ({"question": 7, "context": "x"}, ValueError, "question is int"),
         ({"question": {"a": "x"}, "context": "x"}, ValueError, "question is dict"),
         ({"question": ["x", 7], "context": "x"}, ValueError, "`question` is int"),
@@ -216,7 +228,7 @@ def test_parameters_may_be_larger_than_the_text_needs(qa):
 
 def test_a_question_without_room_for_its_context_is_a_value_error_and_no_panic(qa):
     long = " ".join(["ship"] * 300)
-    with pytest.raises(ValueError, match=r"300 tokens leaves no room .* max_length 384"):
+    with pytest.raises(ValueError, match=r"'record 0': .*300 tokens leaves no room .* 384"):
         qa(question=long, context=CONTEXT * 10)
     fits = qa(question=long, context=CONTEXT)
     assert CONTEXT[fits["start"] : fits["end"]] == fits["answer"]
@@ -237,8 +249,11 @@ def test_what_the_pipeline_cannot_be_made_of_is_named(tmp_path):
         flaxqa.pipeline(model=MODEL, trust_remote_code=True)
     with pytest.raises(ValueError, match="model is a object"):
         flaxqa.pipeline(model=object())
+    loaded = checkpoint.load(MODEL)
     with pytest.raises(ValueError, match="tokenizer= is needed"):
-        flaxqa.pipeline(model=checkpoint.load(MODEL).model)
+        flaxqa.pipeline(model=loaded.model)
+    with pytest.raises(ValueError, match="this model is loaded already"):
+        flaxqa.pipeline(model=loaded.model, tokenizer=loaded.tokenizer, dtype="bfloat16")
     with pytest.raises(ValueError, match="tokenizer is a object"):
         flaxqa.pipeline(model=MODEL, tokenizer=object())
     with pytest.raises(ValueError, match="batch_size is 0"):
@@ -292,11 +307,14 @@ def test_all_devices_give_the_same_answers(qa):
     assert same(every(question=questions, context=CONTEXT), qa(question=questions, context=CONTEXT))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "torch.float16", np.float32])
-def test_the_dtype_may_be_named_as_torch_does(qa, dtype):
-    name = dtype if isinstance(dtype, str) else "float32"
-    half = flaxqa.pipeline(model=MODEL, torch_dtype=name, device="cpu")
-    assert str(half.model.dtype) == name.removeprefix("torch.")
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [("bfloat16", "bfloat16"), ("torch.float16", "float16"), (np.float32, "float32"),
+     (jnp.bfloat16, "bfloat16"), ("auto", "float32"), (None, "float32")],
+)  # fmt: skip
+def test_the_dtype_may_be_named_as_torch_does(qa, dtype, name):
+    half = flaxqa.pipeline(model=MODEL, torch_dtype=dtype, device="cpu")
+    assert str(half.model.dtype) == name
     assert half(question=QUESTION, context=CONTEXT)["answer"] == "dried fish"
 
 

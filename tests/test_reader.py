@@ -1,3 +1,5 @@
+import collections
+import copy
 import itertools
 import math
 
@@ -19,6 +21,13 @@ CONTEXT = (
     "The ship Tulflora carried dried fish."
 )
 QUESTION = "What did the ship Tulflora carry?"
+
+
+class Broken(collections.UserDict):
+    """A record that raises whatever is asked of it."""
+
+    def __getitem__(self, name):
+        raise RuntimeError("boom")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +85,11 @@ def test_mentions_of_one_text_keep_their_own_places(reader):
     assert places == [11, 23, 61]
 
 
+def test_a_huge_longest_answer_is_that_of_the_window(reader):
+    plain = reader.answer(QUESTION, CONTEXT, top_k=3, max_answer_length=384)
+    assert reader.answer(QUESTION, CONTEXT, top_k=3, max_answer_length=10**12) == plain
+
+
 def test_scores_sum_to_at_most_one_and_fall(small, questions):
     records = [(q.question, q.context) for q in questions[:40]]
     for found in small.answers(records, top_k=20, overlapping=True):
@@ -127,9 +141,29 @@ def test_a_stream_reads_one_chunk_ahead_and_no_further(reader):
 
     stream = reader.answers(records(), chunk_size=4)
     assert next(stream).record["id"] == 0
-    assert len(taken) <= 5
+    assert len(taken) == 4
     assert [next(stream).record["id"] for _ in range(6)] == [1, 2, 3, 4, 5, 6]
-    assert len(taken) <= 9
+    assert len(taken) == 8
+
+
+def test_what_was_read_before_an_error_of_the_source_is_answered(reader):
+    def records():
+        yield QUESTION, CONTEXT
+        yield [QUESTION, CONTEXT]  # as JSON has a pair
+        raise OSError("the source is gone")
+
+    stream = reader.answers(records())
+    assert [next(stream)[0].text for _ in range(2)] == ["dried fish"] * 2
+    with pytest.raises(OSError, match="the source is gone"):
+        next(stream)
+
+
+def test_two_streams_of_one_reader_do_not_mix(reader):
+    contexts = [f"The ship Tulflora carried {thing}." for thing in ("salt", "iron", "cloth")]
+    streams = [reader.answers([(QUESTION, one)] * 5, chunk_size=2) for one in contexts]
+    alone = [reader.answer(QUESTION, one) for one in contexts]
+    for _ in range(5):
+        assert [next(stream) for stream in streams] == alone
 
 
 @pytest.mark.parametrize(
@@ -142,6 +176,8 @@ def test_a_stream_reads_one_chunk_ahead_and_no_further(reader):
         (("Who?", None), "the context is NoneType, not a string"),
         ("Who?", "the record is str"),
         (None, "the record is NoneType"),
+        (features.Example("x", None, CONTEXT), "the question is NoneType, not a string"),
+        (Broken(), "the question cannot be read: RuntimeError('boom')"),
         ({"question": "Who?", "context": "\ud800"}, "lone surrogate"),
     ],
 )
@@ -255,6 +291,11 @@ def test_search_takes_any_number_of_contexts_and_names_bad_ones(reader):
     assert reader.search(QUESTION, []) == []
     assert reader.search(QUESTION, [CONTEXT], min_score=1.0) == []
     assert reader.search(QUESTION, [CONTEXT], no_answer_threshold=0.0) == []
+    assert reader.search(QUESTION, [" "] * 999).error.endswith("; and 979 more")
+    with pytest.raises(UsageError, match="min_score is 5"):
+        reader.search(QUESTION, [CONTEXT], min_score=5)
+    with pytest.raises(UsageError, match="no_answer_threshold is nan"):
+        reader.search(QUESTION, [CONTEXT], no_answer_threshold=math.nan)
     for bad in ("", "\ud800", None):
         with pytest.raises(DataError, match="the question"):
             reader.search(bad, [CONTEXT])
@@ -270,6 +311,7 @@ def test_one_string_is_not_taken_for_many(reader):
 def test_what_is_shown_says_what_is_wrong(reader):
     (bad,) = reader.answers([("", CONTEXT)])
     assert repr(bad) == "Answers([], error='the question is empty')"
+    assert (copy.copy(bad).error, bad.copy().error) == (bad.error, bad.error)
     assert "distilbert, 4 layers, 128 channels, float32, on 1 cpu" in repr(reader)
     assert "load" in dir(flaxqa)
     assert issubclass(flaxqa.errors.DataError, ValueError)

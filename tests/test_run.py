@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 
 import numpy as np
@@ -495,3 +496,26 @@ def test_the_mlperf_windows_are_a_field(done, tmp_path):
     assert (done[0]["n_windows"], metrics["n_windows"]) == (46, 52)
     assert metrics["f1"] > 70
     assert read(tmp_path, "run.json")["config"]["windows"] == "mlperf"
+
+
+@pytest.mark.parametrize("field", ["null_score_diff_threshold", "min_f1"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_refused(tmp_path, field, value):
+    with pytest.raises(UsageError, match=f"{field} is .*, it must be a finite number"):
+        quickstart(tmp_path, **{field: value})
+
+
+def test_another_threshold_keeps_the_rows_of_a_stopped_run(
+    small_chunks, tmp_path, monkeypatch, v2_file
+):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        with pytest.raises(Stopped):
+            run.evaluate(quickstart(tmp_path / "out", data=v2_file))
+    config = quickstart(tmp_path / "out", data=v2_file, null_score_diff_threshold=2.0)
+    resumed = run.evaluate(config)
+    whole = run.evaluate(dataclasses.replace(config, output=str(tmp_path / "whole")))
+    assert (resumed["resumed_questions"], whole["resumed_questions"]) == (7, 0)
+    for name in ("predictions.json", "null_odds.json", "nbest_predictions.json"):
+        same = (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert same, name

@@ -333,6 +333,8 @@ def test_v2_missing_predictions_score_zero_and_are_named(v2):
     assert scores.by_answer()["exact"] == pytest.approx(200 / 9)
     best = squad.best_thresholds(scores, predictions, na_probs)
     assert best["best_exact"] == pytest.approx(300 / 9)
+    silent = scores.with_no_answer(na_probs, -1.0).by_answer()
+    assert silent["exact"] == pytest.approx(200 / 9)  # the missing one stays at 0
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,8 @@ def test_a_kind_without_questions_has_no_v2_numbers():
 @pytest.mark.parametrize(
     ("raw", "message"),
     [("[]", "id to number"), ('{"1": "x"}', "'1' is str, not a number"),
-     ('{"1": true}', "'1' is bool"), ('{"1": NaN}', "'1' is float")],
+     ('{"1": true}', "'1' is bool"), ('{"1": NaN}', "'1' is nan, not a finite"),
+     ('{"1": -Infinity}', "'1' is -inf, not a finite"), (f'{{"1": 1{"0" * 400}}}', "not a finite")],
 )  # fmt: skip
 def test_a_file_of_numbers_that_is_none_is_refused(tmp_path, raw, message):
     (tmp_path / "odds.json").write_text(raw)
