@@ -379,6 +379,22 @@ def test_a_half_filled_offline_cache_is_no_fault_of_the_checkpoint(hub_cache, tm
         checkpoint.load("someone/tiny-squad")
 
 
+def test_settings_that_could_not_be_asked_for_are_not_guessed(hub_cache, tmp_path):
+    """A vocabulary alone does not say whether it is a cased one."""
+    repository = tmp_path / "hub" / "models--someone--tiny-squad"
+    snapshot = repository / "snapshots" / hub_cache
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "vocab.txt").write_text("\n".join(VOCAB))
+    with pytest.raises(TryAgain, match="is not in the hub's cache"):
+        checkpoint.load("someone/tiny-squad")
+    # The hub's own note that the repository has no such file.
+    missing = repository / ".no_exist" / hub_cache
+    missing.mkdir(parents=True)
+    (missing / "tokenizer_config.json").touch()
+    (missing / "tokenizer.json").touch()
+    assert checkpoint.load("someone/tiny-squad").files[1] == "vocab.txt"
+
+
 # -------------------------------------------------------------------------------------------- BERT
 
 
