@@ -43,6 +43,7 @@ class AnswerOptions(TypedDict, total=False):
     overlapping: bool
     min_score: float
     no_answer_threshold: float | None
+    chunk_size: int
 
 
 @dataclasses.dataclass

@@ -159,8 +159,7 @@ def test_the_evaluate_metric_agrees_and_needs_no_network(tmp_path):
 import socket, sys
 def refuse(*args, **kwargs): raise OSError("no network here")
 socket.socket.connect = refuse
-from eval.metric import Squad
-from eval import squad
+from eval.metric import Squad, SquadV2
 import json
 predictions = [{"id": "1", "prediction_text": "the Bob"}, {"id": "2", "prediction_text": "x y"}]
 references = [
@@ -171,6 +170,12 @@ metric = Squad()
 print(json.dumps(metric.compute(predictions=predictions, references=references)))
 metric.add_batch(predictions=predictions, references=references)
 print(json.dumps(metric.compute()))
+for row, number in zip(predictions, (0.25, 0.75)):
+    row["no_answer_probability"] = number
+references[1]["answers"] = {"text": [], "answer_start": []}
+arguments = {"predictions": predictions, "references": references}
+print(json.dumps(SquadV2().compute(**arguments)))
+print(json.dumps(SquadV2().compute(**arguments, no_answer_threshold=0.5)))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -180,8 +185,16 @@ print(json.dumps(metric.compute()))
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    whole, in_batches = map(json.loads, done.stdout.splitlines())
+    whole, in_batches, spoken, silent = map(json.loads, done.stdout.splitlines())
     assert whole == in_batches == {"exact_match": 50.0, "f1": 75.0}
+    best = {"best_exact": 100.0, "best_exact_thresh": 0.25, "best_f1": 100.0,
+            "best_f1_thresh": 0.25}  # fmt: skip
+    kinds = {"total": 2, "HasAns_exact": 100.0, "HasAns_f1": 100.0, "HasAns_total": 1,
+             "NoAns_total": 1}  # fmt: skip
+    none = {"exact": 50.0, "f1": 50.0, "NoAns_exact": 0.0, "NoAns_f1": 0.0}
+    assert spoken == {**best, **kinds, **none}
+    every = {"exact": 100.0, "f1": 100.0, "NoAns_exact": 100.0, "NoAns_f1": 100.0}
+    assert silent == {**best, **kinds, **every}
 
 
 @pytest.mark.shared
