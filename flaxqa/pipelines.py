@@ -38,7 +38,7 @@ EMPTY: dict[str, tuple[Any, ...]] = {
     "processor": (None,),
     "modelcard": (None,),
     "use_fast": (None, True),
-    "token": (None,),
+    "token": (None, False),
     "device_map": (None,),
     "trust_remote_code": (None, False),
     "model_kwargs": (None, {}),
