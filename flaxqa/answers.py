@@ -151,10 +151,8 @@ class Table:
         np.minimum.at(lowest, self.example, self.start[:, 0].astype(float) + self.end[:, 0])
         return lowest
 
-    def candidates(
-        self, sums: np.ndarray, n: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Of each example its n highest sums, best first: (example, window, pair, sum), each [A].
+    def candidates(self, sums: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each example its n highest sums, best first: (example, window, pair), each [A].
 
         Args:
           sums: [W, pairs], -inf for a pair that does not count.
@@ -169,7 +167,7 @@ class Table:
         owner = self.example[window[kept]]
         rank = np.arange(len(kept)) - np.searchsorted(owner, owner)
         kept, owner = kept[rank < n], owner[rank < n]
-        return owner, window[kept], pair[kept], total[kept]
+        return owner, window[kept], pair[kept]
 
     def answers(
         self, owner: np.ndarray, window: np.ndarray, i: np.ndarray, j: np.ndarray, words: bool
@@ -306,7 +304,7 @@ def spans(
         np.take_along_axis(end[:, None], np.minimum(last, end.shape[1] - 1), 2),
         -np.inf,
     )
-    owner, window, pair, _ = table.candidates(pairs.reshape(len(pairs), -1), n)
+    owner, window, pair = table.candidates(pairs.reshape(len(pairs), -1), n)
     i = first[window, pair // max_answer_length]
     return table.answers(owner, window, i, i + pair % max_answer_length, align_to_words)
 
@@ -401,7 +399,7 @@ def decode_squad(
     first_logit = np.take_along_axis(table.start, first, 1)
     last_logit = np.take_along_axis(table.end, last, 1)
     sums = np.where(counts, first_logit[:, :, None] + last_logit[:, None, :], -np.inf)
-    owner, window, pair, _ = table.candidates(sums.reshape(len(features), -1), n_best)
+    owner, window, pair = table.candidates(sums.reshape(len(features), -1), n_best)
     i = first[window, pair // last.shape[1]]
     j = last[window, pair % last.shape[1]]
     return table.collected(table.answers(owner, window, i, j, words=False))
