@@ -4,8 +4,8 @@ Questions go through in chunks of fixed borders; after each chunk its answers ar
 run that was stopped goes on where it was when the same command is given again.
 
 Files: `predictions.json` (the official form), `nbest_predictions.json`, `per_example.parquet`,
-`metrics.json`, `run.json` (last: where it is, the others are whole), and `errors.jsonl` if
-questions were set aside.
+`metrics.json`, `run.json` (last: where it is, the others are whole), for SQuAD 2.0
+`null_odds.json`, and `errors.jsonl` if questions were set aside.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
         progress.begin(len(questions))
         progress.advance(resumed, spent.windows)
         left = questions[resumed:]  # which begins where a chunk does
-        for chunk in reader.chunks(left, size_of=lambda question: len(question.context)):
+        for chunk in reader.chunks(left, size_of=reader.characters):
             partial.append(*answer(chunk, loaded, config, progress))
     progress.stage("scoring")
     scoring = time.perf_counter()

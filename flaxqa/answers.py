@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxqa.features import Example, Feature, Tokens
+from flaxqa.features import Example, Feature
 from flaxqa.predict import Logits
 
 N_BEST = 20
@@ -116,6 +116,8 @@ class Table:
       example: int [W], never falls.
       begin: int [W], the column of the first context token.
       stop: int [W], the column after the last one.
+      may_end: bool [W, T], the context tokens.
+      may_start: bool [W, T], those of them that may begin an answer (see `Feature.counts`).
     """
 
     def __init__(
@@ -130,14 +132,19 @@ class Table:
         self.begin = np.array([feature.context_start for feature in features])
         length = np.array([feature.part.stop - feature.part.start for feature in features])
         self.stop = self.begin + length
+        column = np.arange(self.start.shape[1])
+        self.may_end = (column >= self.begin[:, None]) & (column < self.stop[:, None])
+        self.may_start = self.may_end.copy()
+        for row, feature in enumerate(features):
+            if feature.counts is not None:
+                self.may_start[row, self.may_end[row]] = feature.counts
         self.log_start = self.log_normalizer(self.start)
         self.log_end = self.log_normalizer(self.end)
 
     def log_normalizer(self, logits: np.ndarray) -> np.ndarray:
         """Of each example the log of the summed exponentials over its context tokens and [CLS]s."""
-        column = np.arange(logits.shape[1])
-        inside = (column >= self.begin[:, None]) & (column < self.stop[:, None]) | (column == 0)
-        masked = np.where(inside, logits.astype(np.float64), -np.inf)
+        masked = np.where(self.may_end, logits.astype(np.float64), -np.inf)
+        masked[:, 0] = logits[:, 0]
         peak = np.full(len(self.examples), -np.inf)
         np.maximum.at(peak, self.example, masked.max(axis=1))
         exponentials = np.exp(masked - peak[self.example, None]).sum(axis=1)
@@ -187,7 +194,7 @@ class Table:
             context, base = feature.context, feature.part.start
             first, last = base + first, base + last
             if words:
-                first, last = whole_words(context, first, last)
+                first, last = whole_words(context.words, first, last)
             begin, end = int(context.offsets[first, 0]), int(context.offsets[last, 1])
             yield index, Answer(self.examples[index].context[begin:end], begin, end, *numbers)
 
@@ -205,9 +212,14 @@ class Table:
         return found
 
 
-def whole_words(tokens: Tokens, first: int, last: int) -> tuple[int, int]:
-    """The first and the last token of the words that two tokens belong to."""
-    words = tokens.words
+def whole_words(words: np.ndarray, first: int, last: int) -> tuple[int, int]:
+    """The first and the last token of the words that two tokens belong to.
+
+    Args:
+      words: int [C], the word of each token, as in `Tokens`.
+      first: a token.
+      last: another, not before it.
+    """
     return (
         int(np.searchsorted(words, words[first], side="left")),
         int(np.searchsorted(words, words[last], side="right")) - 1,
@@ -245,7 +257,8 @@ def decode_spans(
     if not features:
         return [Answers() for _ in examples]
     table = Table(examples, features, logits)
-    start, end = inside_contexts(table)
+    start = np.where(table.may_start, table.start, -np.inf)
+    end = np.where(table.may_end, table.end, -np.inf)
     max_answer_length = min(max_answer_length, start.shape[1])
     if overlapping:
         return overlapping_spans(table, start, end, top_k, max_answer_length, align_to_words)
@@ -273,17 +286,6 @@ def decode_spans(
         for index, answer in table.answers(*spans_found, align_to_words):
             found[index].append(answer)
     return found
-
-
-def inside_contexts(table: Table) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end logits [W, T], -inf where no answer may begin or end."""
-    column = np.arange(table.start.shape[1])
-    inside = (column >= table.begin[:, None]) & (column < table.stop[:, None])
-    may_start = inside.copy()
-    for row, feature in enumerate(table.features):
-        if feature.counts is not None:
-            may_start[row, inside[row]] = feature.counts
-    return np.where(may_start, table.start, -np.inf), np.where(inside, table.end, -np.inf)
 
 
 def spans(
@@ -390,12 +392,9 @@ def decode_squad(
     # Pairs [W, n starts, n ends] of columns, those that do not count at -inf.
     first, last = best(table.start, n_best), best(table.end, n_best)
     i, j = first[:, :, None], last[:, None, :]
-    begin, stop = table.begin[:, None, None], table.stop[:, None, None]
-    counts = (begin <= i) & (j < stop) & (i <= j) & (j - i < max_answer_length)
-    for row, feature in enumerate(features):
-        if feature.counts is not None:
-            begins = np.flatnonzero(feature.counts) + feature.context_start
-            counts[row] &= np.isin(first[row], begins)[:, None]
+    begins = np.take_along_axis(table.may_start, first, 1)[:, :, None]
+    ends = np.take_along_axis(table.may_end, last, 1)[:, None, :]
+    counts = begins & ends & (i <= j) & (j - i < max_answer_length)
     first_logit = np.take_along_axis(table.start, first, 1)
     last_logit = np.take_along_axis(table.end, last, 1)
     sums = np.where(counts, first_logit[:, :, None] + last_logit[:, None, :], -np.inf)
@@ -511,9 +510,7 @@ def characters(feature: Feature, first: int, last: int, align_to_words: bool) ->
     """Where a span of a window's tokens lies in the context: (0, 0) begins at `[CLS]`."""
     i, j = first - feature.context_start, last - feature.context_start
     if align_to_words and i >= 0 and j >= 0:
-        words = feature.words
-        i = int(np.searchsorted(words, words[i], side="left"))
-        j = int(np.searchsorted(words, words[j], side="right")) - 1
+        i, j = whole_words(feature.words, i, j)
     return (
         int(feature.offsets[i, 0]) if i >= 0 else 0,
         int(feature.offsets[j, 1]) if j >= 0 else 0,

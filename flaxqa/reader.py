@@ -135,7 +135,6 @@ class Reader:
         max_length: int | None = None,
         doc_stride: int | None = None,
         windows: str = "overlap",
-        max_question_length: int | None = None,
         **devices: Any,
     ):
         """See `load`; `devices` are the other options of `flaxqa.predict.Predictor`."""
@@ -146,7 +145,6 @@ class Reader:
         features.default_question_limit(max_length, doc_stride, windows)  # refuses what cannot be
         self.checkpoint = loaded
         self.max_length, self.doc_stride, self.windows = max_length, doc_stride, windows
-        self.max_question_length = max_question_length
         self.predictor = predict.Predictor(loaded.model, max_length=max_length, **devices)
         self.known: dict[str, features.Tokens] = {}
 
@@ -337,7 +335,6 @@ class Reader:
             max_length=self.max_length,
             doc_stride=self.doc_stride,
             windows=self.windows,
-            max_question_length=self.max_question_length,
             known=self.known,
         )
 
