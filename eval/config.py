@@ -55,7 +55,7 @@ class EvalConfig:
     devices: int | None = None
     """How many local devices to use; all of them when left out."""
 
-    batch_size: int | None = None
+    batch_tokens: int | None = None
     """Windows of a batch on all devices together; by tokens and device when left out."""
 
     max_length: int = 384
@@ -85,7 +85,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         problems = [
             f"{name} is {value}, it must be at least 1"
-            for name in ("limit", "devices", "batch_size", "n_best", "max_answer_length")
+            for name in ("limit", "devices", "batch_tokens", "n_best", "max_answer_length")
             if (value := getattr(self, name)) is not None and value < 1
         ]
         problems += [

@@ -23,7 +23,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +80,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
         dtype=config.dtype,
         parallel=config.parallel,
         devices=config.devices,
-        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
         max_length=config.max_length,
         doc_stride=config.doc_stride,
         windows=config.windows,
@@ -123,8 +123,8 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
         progress.begin(len(questions))
         progress.advance(resumed, spent.windows)
         left = questions[resumed:]  # which begins where a chunk does
-        for chunk in reader.chunks(left, size_of=reader.characters):
-            partial.append(*answer(chunk, loaded, config, progress))
+        for found, took in answers_of(left, loaded, config, progress):
+            partial.append(found, took)
     progress.stage("scoring")
     scoring = time.perf_counter()
     threshold = config.null_score_diff_threshold if v2 else None
@@ -184,20 +184,13 @@ def run_key(run: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def answer(
-    chunk: Sequence[squad.SquadExample], loaded: Reader, config: EvalConfig, progress: Progress
-) -> tuple[list[Answers], Spent]:
-    """The answers to every question of the chunk, or in `error` why it cannot be asked."""
-    shown = windows = 0
-
-    def advance(done: int, total: int) -> None:
-        # Windows come back sorted by length: questions are shown in proportion.
-        nonlocal shown, windows
-        windows += done
-        now = len(chunk) * windows // total
-        progress.advance(now - shown, done)
-        shown = now
-
+def answers_of(
+    questions: Sequence[squad.SquadExample],
+    loaded: Reader,
+    config: EvalConfig,
+    progress: Progress,
+) -> Iterator[tuple[list[Answers], Spent]]:
+    """The answers to every question, chunk by chunk; in `error` why one cannot be asked."""
     longest = config.max_answer_length
     decode = (
         functools.partial(answers.decode_spans, top_k=config.n_best, max_answer_length=longest)
@@ -206,9 +199,8 @@ def answer(
             answers.decode_squad, n_best=config.n_best, max_answer_length=longest
         )
     )
-    found, spent = loaded.answer_chunk(chunk, decode, advance)
-    progress.advance(len(chunk) - shown, 0)
-    return found, spent
+    chunks = reader.chunks(questions, size_of=reader.characters)
+    return loaded.answer_chunks(chunks, decode, progress.advance)
 
 
 class Partial:
@@ -307,7 +299,6 @@ def results(
 ) -> dict[str, Any]:
     """The scores and speeds of a run: the content of `metrics.json`, but for its last fields."""
     intervals = scores.intervals()
-    seconds = spent.tokenize_seconds + spent.device_seconds + spent.decode_seconds
     return {
         "exact_match": scores.exact_match,
         "f1": scores.f1,
@@ -321,9 +312,10 @@ def results(
         "n_windows": spent.windows,
         "n_tokens": spent.tokens,
         "padding_share": 1 - spent.tokens / max(spent.computed_tokens, 1),
-        "questions_per_second": len(rows) / max(seconds, 1e-9),
-        "windows_per_second": spent.windows / max(seconds, 1e-9),
-        "tokens_per_second": spent.tokens / max(seconds, 1e-9),
+        "questions_per_second": len(rows) / max(spent.seconds, 1e-9),
+        "windows_per_second": spent.windows / max(spent.seconds, 1e-9),
+        "tokens_per_second": spent.tokens / max(spent.seconds, 1e-9),
+        "seconds": spent.seconds,
         "tokenize_seconds": spent.tokenize_seconds,
         "device_seconds": spent.device_seconds,
         "decode_seconds": spent.decode_seconds,

@@ -100,6 +100,13 @@ class Answers(list[Answer]):
 
 def non_finite(features: Sequence[Feature], logits: Sequence[Logits]) -> set[int]:
     """The examples with a logit that is NaN or infinite, for which no answer can be chosen."""
+    if (
+        not logits
+        or np.isfinite(
+            np.concatenate([scores for one in logits for scores in (one.start, one.end)])
+        ).all()
+    ):
+        return set()
     return {
         feature.example
         for feature, scores in zip(features, logits, strict=True)

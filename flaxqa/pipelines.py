@@ -216,7 +216,10 @@ class QuestionAnsweringPipeline:
         positions = loaded.config.max_position_embeddings
         self.model_max_length = min(model_max_length, positions)
         self.predictor = predict.Predictor(
-            loaded.model, max_length=positions, devices=devices, batch_size=batch_size
+            loaded.model,
+            max_length=positions,
+            devices=devices,
+            batch_tokens=None if batch_size is None else batch_size * positions,
         )
         self.known: dict[str, features.Tokens] = {}
 

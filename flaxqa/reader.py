@@ -7,13 +7,16 @@ is the rule `spans` of `flaxqa.answers`.
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import heapq
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -48,14 +51,17 @@ class AnswerOptions(TypedDict, total=False):
 
 @dataclasses.dataclass
 class Spent:
-    """What some work took: seconds of each stage, and counts.
+    """What some work took: seconds, which go on side by side in the stages, and counts.
 
     Attributes:
-      device_seconds: without those spent compiling.
+      seconds: from begin to end, without those spent compiling.
+      tokenize_seconds: in the thread that tokenizes.
+      device_seconds: of waiting for the devices, without those spent compiling.
       tokens: of the windows, without padding.
       computed_tokens: with padding.
     """
 
+    seconds: float = 0.0
     tokenize_seconds: float = 0.0
     device_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -68,6 +74,22 @@ class Spent:
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
+class Prepared(NamedTuple):
+    """A chunk of examples, ready for the devices.
+
+    Attributes:
+      reasons: for each why it cannot be asked, or None.
+      asked: the others.
+      windows: of those.
+      seconds: what it took.
+    """
+
+    reasons: list[str | None]
+    asked: list[Example]
+    windows: list[Feature]
+    seconds: float
+
+
 def load(
     model: str | Path,
     *,
@@ -75,7 +97,7 @@ def load(
     dtype: DTypeLike = "float32",
     parallel: str = "jit",
     devices: int | None = None,
-    batch_size: int | None = None,
+    batch_tokens: int | None = None,
     max_length: int | None = None,
     doc_stride: int | None = None,
     windows: str = "overlap",
@@ -92,7 +114,7 @@ def load(
       dtype: of weights and operands: float32, bfloat16, float16; float64 under `jax.enable_x64`.
       parallel: "jit" or "pmap", how rows are split over the devices.
       devices: how many of this process's devices to use; None for all.
-      batch_size: windows of a batch on all devices together; None for as many as suit the device.
+      batch_tokens: tokens of a batch on each device; None for what suits the device.
       max_length: tokens of a window; None for 384, or the checkpoint's positions if fewer.
       doc_stride: tokens that neighbouring windows share; None for 128, or half a window if less.
       windows: "overlap" or "mlperf", how a long context is cut; see `flaxqa.features`.
@@ -109,7 +131,7 @@ def load(
         loaded,
         parallel=parallel,
         devices=devices,
-        batch_size=batch_size,
+        batch_tokens=batch_tokens,
         max_length=max_length,
         doc_stride=doc_stride,
         windows=windows,
@@ -146,7 +168,6 @@ class Reader:
         self.checkpoint = loaded
         self.max_length, self.doc_stride, self.windows = max_length, doc_stride, windows
         self.predictor = predict.Predictor(loaded.model, max_length=max_length, **devices)
-        self.known: dict[str, features.Tokens] = {}
 
     def __repr__(self) -> str:
         config = self.checkpoint.config
@@ -196,7 +217,7 @@ class Reader:
 
         Args:
           records: mappings with `question` and `context`, pairs of them, or `Example`s; from any
-            iterable, which is read a chunk ahead.
+            iterable, of which two chunks are read ahead.
           top_k: how many answers at most. Those to a smaller number are the first of those to a
             larger one.
           max_answer_length: in tokens, before an answer is widened to words.
@@ -206,7 +227,7 @@ class Reader:
           no_answer_threshold: in [0, 1]; where `no_answer_score` is above it the list is empty. 0.5
             is run_qa's rule. None, for models that know no unanswerable questions, never asks.
           chunk_size: how many records run together. A smaller number answers the first ones sooner
-            and wastes more on padding.
+            and computes less at once. With 1 each record is answered before the next is read.
 
         Raises:
           UsageError: an option has a value that cannot be.
@@ -232,9 +253,22 @@ class Reader:
 
         def stream() -> Iterator[Answers]:
             read = ((record, as_example(record)) for record in records)
-            for chunk in chunks(read, chunk_size, size_of=lambda pair: characters(pair[1])):
-                found, _ = self.answer_chunk([example for _, example in chunk], decode)
-                for (record, _), one in zip(chunk, found, strict=True):
+            came = chunks(read, chunk_size, size_of=lambda pair: characters(pair[1]))
+            # A chunk of one record is for those who wait for its answer.
+            together = ((chunk,) for chunk in came) if chunk_size == 1 else (came,)
+            for some in together:
+                yield from answer(some)
+
+        def answer(some: Iterable[list[tuple[Any, Example | str]]]) -> Iterator[Answers]:
+            under_way: collections.deque[list[Any]] = collections.deque()
+
+            def examples() -> Iterator[list[Example | str]]:
+                for chunk in some:
+                    under_way.append([record for record, _ in chunk])
+                    yield [example for _, example in chunk]
+
+            for found, _ in self.answer_chunks(examples(), decode):
+                for record, one in zip(under_way.popleft(), found, strict=True):
                     one.record = record
                     no_answer = no_answer_threshold is not None and (
                         one.no_answer_score > no_answer_threshold
@@ -327,7 +361,9 @@ class Reader:
                     together.append(answer)
         return together
 
-    def windows_of(self, examples: Sequence[Example]) -> list[Feature]:
+    def windows_of(
+        self, examples: Sequence[Example], known: dict[str, features.Tokens] | None = None
+    ) -> list[Feature]:
         """The windows of examples that can be asked; see `flaxqa.features.make`."""
         return features.make(
             examples,
@@ -335,24 +371,113 @@ class Reader:
             max_length=self.max_length,
             doc_stride=self.doc_stride,
             windows=self.windows,
-            known=self.known,
+            known=known,
         )
 
-    def answer_chunk(
+    def answer_chunks(
         self,
-        examples: Sequence[Example | str],
+        chunks: Iterable[Sequence[Example | str]],
         decode: Callable[
             [Sequence[Example], Sequence[Feature], Sequence[Logits]], Sequence[Answers]
         ],
-        progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> tuple[list[Answers], Spent]:
-        """Runs some examples together; what cannot be asked or answered has the reason in `error`.
+        progress: Callable[[int, int], None] = lambda questions, windows: None,
+    ) -> Iterator[tuple[list[Answers], Spent]]:
+        """Runs chunks of examples; what cannot be asked or answered has the reason in `error`.
+
+        Two chunks are read ahead: while the devices work on one, the next is tokenized and the one
+        before is decoded. What is computed of a chunk does not depend on the others. An error of
+        `chunks` is raised after all that was read before it is answered.
 
         Args:
-          examples: each an example, or why there is none.
+          chunks: of examples, each an example, or why there is none.
           decode: a decoder of `flaxqa.answers`, its options given.
-          progress: called with the numbers of windows just done and of all, batch by batch.
+          progress: called with the numbers of questions and of windows just done, batch by batch.
         """
+        predictor = self.predictor
+        under_way: collections.deque[Prepared] = collections.deque()
+        failures: list[Exception] = []
+        to_show: collections.deque[tuple[int, int, int]] = collections.deque()
+        waited = 0.0
+
+        def windows() -> Iterator[list[Feature]]:
+            nonlocal waited
+            for future in self.prepare_ahead(chunks, failures):
+                clock = time.perf_counter()
+                prepared = future.result()
+                waited += time.perf_counter() - clock
+                under_way.append(prepared)
+                if prepared.windows:
+                    to_show.append((len(prepared.reasons), len(prepared.windows), 0))
+                yield prepared.windows
+
+        def advance(windows: int) -> None:
+            """Tells of a batch: the windows of a chunk come in any order of its questions."""
+            questions, of, done = to_show[0]
+            shown = questions * (done + windows) // of - questions * done // of
+            to_show[0] = questions, of, done + windows
+            if done + windows == of:
+                to_show.popleft()
+            progress(shown, windows)
+
+        stream = predictor.stream(windows(), advance)
+        began = time.perf_counter()
+        with contextlib.closing(stream):
+            while True:
+                waited, clock = 0.0, time.perf_counter()
+                compiled, tokens = predictor.compile_seconds, predictor.computed_tokens
+                if (logits := next(stream, None)) is None:
+                    break
+                computed = time.perf_counter()
+                compiled = predictor.compile_seconds - compiled
+                prepared = under_way.popleft()
+                if not prepared.windows:
+                    progress(len(prepared.reasons), 0)
+                found = self.decode(prepared, logits, decode)
+                ended = time.perf_counter()
+                yield (
+                    found,
+                    Spent(
+                        seconds=ended - began - compiled,
+                        tokenize_seconds=prepared.seconds,
+                        device_seconds=computed - clock - compiled - waited,
+                        decode_seconds=ended - computed,
+                        windows=len(prepared.windows),
+                        tokens=sum(map(len, prepared.windows)),
+                        computed_tokens=predictor.computed_tokens - tokens,
+                    ),
+                )
+                began = time.perf_counter()
+        if failures:
+            raise failures[0]
+
+    def prepare_ahead(
+        self, chunks: Iterable[Sequence[Example | str]], failures: list[Exception]
+    ) -> Iterator[concurrent.futures.Future[Prepared]]:
+        """The chunks as windows, the next one begun; an error of `chunks` ends them."""
+        known: dict[str, features.Tokens] = {}
+        before: concurrent.futures.Future[Prepared] | None = None
+        with concurrent.futures.ThreadPoolExecutor(1, "tokenize") as pool:
+            iterator = iter(chunks)
+            while True:
+                try:
+                    chunk = next(iterator)
+                except StopIteration:
+                    break
+                except Exception as error:
+                    failures.append(error)
+                    break
+                future = pool.submit(self.prepare, chunk, known)
+                if before is not None:
+                    yield before
+                before = future
+            if before is not None:
+                yield before
+
+    def prepare(
+        self, examples: Sequence[Example | str], known: dict[str, features.Tokens]
+    ) -> Prepared:
+        """The windows of a chunk."""
+        began = time.perf_counter()
         reasons = [
             example if isinstance(example, str) else features.why_unanswerable(example)
             for example in examples
@@ -362,36 +487,34 @@ class Reader:
             for example, reason in zip(examples, reasons, strict=True)
             if reason is None and isinstance(example, Example)
         ]
-        clock = [time.perf_counter()]
-        windows = self.windows_of(asked)
-        clock.append(time.perf_counter())
-        compiled, computed = self.predictor.compile_seconds, self.predictor.computed_tokens
-        logits = self.predictor.predict(windows, lambda done: progress(done, len(windows)))
-        clock.append(time.perf_counter())
+        windows = self.windows_of(asked, known)
+        return Prepared(reasons, asked, windows, time.perf_counter() - began)
+
+    def decode(
+        self,
+        prepared: Prepared,
+        logits: Sequence[Logits],
+        decode: Callable[
+            [Sequence[Example], Sequence[Feature], Sequence[Logits]], Sequence[Answers]
+        ],
+    ) -> list[Answers]:
+        """The answers of a chunk, in its order."""
+        windows = prepared.windows
         bad = answers.non_finite(windows, logits)
         finite = [index for index, window in enumerate(windows) if window.example not in bad]
         decoded = decode(
-            asked, [windows[index] for index in finite], [logits[index] for index in finite]
+            prepared.asked, [windows[index] for index in finite], [logits[i] for i in finite]
         )
         for window in windows:
             decoded[window.example].n_windows += 1
             decoded[window.example].question_cut = window.question_cut
         for index in bad:
             decoded[index].error = NOT_FINITE
-        clock.append(time.perf_counter())
-        spent = Spent(
-            tokenize_seconds=clock[1] - clock[0],
-            device_seconds=clock[2] - clock[1] - (self.predictor.compile_seconds - compiled),
-            decode_seconds=clock[3] - clock[2],
-            windows=len(windows),
-            tokens=sum(map(len, windows)),
-            computed_tokens=self.predictor.computed_tokens - computed,
-        )
         answered = iter(decoded)
-        found = [next(answered) if reason is None else Answers() for reason in reasons]
-        for one, reason in zip(found, reasons, strict=True):
+        found = [next(answered) if reason is None else Answers() for reason in prepared.reasons]
+        for one, reason in zip(found, prepared.reasons, strict=True):
             one.error = one.error or reason
-        return found, spent
+        return found
 
 
 def chunks(

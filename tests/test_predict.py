@@ -9,7 +9,7 @@ from flaxqa import answers, checkpoint, features, predict
 from flaxqa.errors import UsageError
 from flaxqa.features import Feature, Tokens
 from flaxqa.model import DistilBertConfig, DistilBertForQuestionAnswering
-from flaxqa.predict import Predictor
+from flaxqa.predict import Predictor, Shape
 
 QUESTIONS = 60
 
@@ -50,25 +50,25 @@ def answers_of_one_device(trained, windows):
 def test_logits_and_answers_do_not_depend_on_devices_or_strategy(
     trained, windows, expected, answers_of_one_device, parallel, devices
 ):
-    predictor = Predictor(trained.model, devices=devices, parallel=parallel, batch_size=8)
+    predictor = Predictor(trained.model, devices=devices, parallel=parallel, batch_tokens=512)
     logits = predictor.predict(windows[1])
     for got, wanted in zip(logits, expected, strict=True):
         np.testing.assert_allclose(got.start, wanted.start_logits[0], rtol=0, atol=1e-4)
         np.testing.assert_allclose(got.end, wanted.end_logits[0], rtol=0, atol=1e-4)
     assert texts(windows, logits) == answers_of_one_device
-    (run,) = list(predictor.compiled.values())[:1]
-    (shape,) = predictor.shapes[:1]
-    ids = np.ones(shape, np.int32)
-    assert len(run(ids, ids)[0].sharding.device_set) == devices
+    (batch,) = predictor.plan([len(windows[1][0])])
+    rows = predictor.inputs(batch, windows[1])
+    predictor.compile([batch.shape])
+    assert len(predictor.compiled[batch.shape](rows).sharding.device_set) == devices
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_answers_do_not_depend_on_the_batch_size(
-    trained, windows, answers_of_one_device, batch_size
+@pytest.mark.parametrize("batch_tokens", [1, 1_000, 100_000])
+def test_answers_do_not_depend_on_the_size_of_a_batch(
+    trained, windows, answers_of_one_device, batch_tokens
 ):
-    predictor = Predictor(trained.model, devices=1, batch_size=batch_size)
+    predictor = Predictor(trained.model, devices=1, batch_tokens=batch_tokens)
     assert texts(windows, predictor.predict(windows[1])) == answers_of_one_device
-    assert {rows for rows, _ in predictor.shapes} == {batch_size}
+    assert max(shape.tokens for shape in predictor.shapes) <= max(batch_tokens, 384)
 
 
 def test_the_order_of_the_windows_does_not_matter(trained, windows):
@@ -84,44 +84,107 @@ def small_model():
 
 
 @pytest.mark.parametrize("n_devices", [1, 2, 8])
-@pytest.mark.parametrize("batch_size", [None, 1, 5])
-def test_a_plan_has_every_window_once_in_shapes_that_fit(n_devices, batch_size):
-    predictor = Predictor(small_model(), max_length=50, devices=n_devices, batch_size=batch_size)
+@pytest.mark.parametrize("batch_tokens", [None, 1, 130])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_plan_has_every_window_once_in_shapes_that_fit(n_devices, batch_tokens, on_cpu):
+    predictor = Predictor(
+        small_model(), max_length=50, devices=n_devices, batch_tokens=batch_tokens
+    )
+    predictor.on_cpu = on_cpu  # elsewhere a row has room for fewer windows
     lengths = np.random.default_rng(0).integers(3, 51, 333).tolist()
     plan = predictor.plan(lengths)
     rows = [row for batch in plan for row in batch.rows]
-    assert sorted(rows) == list(range(333))
+    assert sorted(index for row in rows for index in row) == list(range(333))
+    assert all(len(batch.rows) == n_devices for batch in plan)
     for batch in plan:
-        assert batch.shape[0] % n_devices == 0
-        assert len(batch.rows) <= batch.shape[0]
-        assert max(lengths[row] for row in batch.rows) <= batch.shape[1] <= 50
-    assert all(len(batch.rows) == batch.shape[0] for batch in plan[:-1])
+        for row in batch.rows:
+            assert sum(lengths[index] for index in row) <= batch.shape.tokens
+            assert len(row) <= batch.shape.windows
+            assert max((lengths[index] for index in row), default=0) <= batch.shape.longest
+        assert batch.shape.longest <= batch.shape.tokens <= max(batch_tokens or 4096, 50)
 
 
-def test_the_last_odd_batch_is_filled_up_and_nothing_is_lost():
-    predictor = Predictor(small_model(), max_length=64, devices=4, batch_size=4)
+@pytest.mark.parametrize("n_devices", [1, 2, 4, 8])
+def test_devices_share_the_work_without_a_gap(n_devices):
+    """As many tokens on each, but for one batch; padding stays what it is on one device."""
+    predictor = Predictor(big_windows_model(), devices=n_devices)
+    # About the lengths of the windows of SQuAD's dev set.
+    lengths = np.random.default_rng(0).gamma(7, 25, 1_024 * n_devices).astype(int).clip(20, 384)
+    plan = predictor.plan(lengths.tolist())
+    each = [sum(lengths[batch.rows[device]].sum() for batch in plan) for device in range(n_devices)]
+    assert max(each) - min(each) <= max(batch.shape.tokens for batch in plan)
+    computed = sum(batch.shape.tokens for batch in plan) * n_devices
+    assert lengths.sum() <= computed < 1.02 * lengths.sum()
+
+
+def big_windows_model():
+    return DistilBertForQuestionAnswering(
+        DistilBertConfig(**{**TINY, "max_position_embeddings": 384}), rngs=nnx.Rngs(0)
+    )
+
+
+def window(example, tokens):
     context = Tokens(*np.zeros((3, 2), np.int32))
-    windows = [
-        Feature(i, np.full(5 + i, 7, np.int32), 3, context, slice(0, 2), False) for i in range(9)
-    ]
+    return Feature(example, np.full(tokens, 7, np.int32), 3, context, slice(0, 2), False)
+
+
+def test_rows_hold_whole_windows_one_after_the_other():
+    predictor = Predictor(small_model(), max_length=64, devices=2, batch_tokens=64)
+    predictor.with_types = True
+    windows = [window(i, tokens) for i, tokens in enumerate([40, 20, 33, 9, 5])]
+    (first,) = predictor.plan([len(one) for one in windows])
+    assert first.rows == [[0, 1], [2, 3, 4]]
+    inputs = predictor.inputs(first, windows)
+    assert inputs.starts[:, :3].tolist() == [[0, 40, 0], [0, 33, 42]]
+    assert inputs.lengths[:, :3].tolist() == [[40, 20, 0], [33, 9, 5]]
+    assert inputs.input_ids[0].tolist() == [7] * 60 + [0] * 4
+    assert inputs.positions[0].tolist() == [*range(40), *range(20), 0, 0, 0, 0]
+    assert inputs.window[1].tolist() == [0] * 33 + [1] * 9 + [2] * 5 + [0] * 17
+    assert inputs.token_types[1, 33:42].tolist() == [0, 0, 0] + [1] * 6
+
+
+def test_every_window_comes_back_with_its_own_tokens():
+    predictor = Predictor(small_model(), max_length=64, devices=4, batch_tokens=64)
+    windows = [window(i, 5 + i) for i in range(9)]
     seen = []
     logits = predictor.predict(windows, seen.append)
     assert [len(one.start) for one in logits] == list(range(5, 14))
-    assert seen == [4, 4, 1]
-    assert predictor.shapes == [(4, 64)]
-    assert predictor.computed_tokens == 3 * 4 * 64
+    assert sum(seen) == 9
+    assert predictor.shapes == [(32, 32, 32)]
+    assert predictor.computed_tokens == 4 * 32
     assert predictor.predict([]) == []
+
+
+def test_chunks_come_in_their_order_while_the_next_is_under_way():
+    predictor = Predictor(small_model(), max_length=64, devices=1, batch_tokens=64)
+    chunks = [[window(0, 5 + i + j) for j in range(n)] for i, n in enumerate((30, 0, 1, 40, 0))]
+    read = []
+
+    def reading():
+        for index, chunk in enumerate(chunks):
+            read.append(index)
+            yield chunk
+
+    for index, logits in enumerate(predictor.stream(reading())):
+        assert [len(one.start) for one in logits] == [len(one) for one in chunks[index]]
+        assert len(read) == min(index + 2, 5)
+        alone = Predictor(small_model(), max_length=64, devices=1, batch_tokens=64)
+        for one, other in zip(logits, alone.predict(chunks[index]), strict=True):
+            assert np.array_equal(one.start, other.start)  # a chunk depends on no other
+    assert index == 4
 
 
 def test_shapes_are_compiled_once_and_before_the_first_batch():
     predictor = Predictor(small_model(), max_length=64, devices=1)
-    predictor.compile([(2, 16), (2, 64)])
+    small, large = Shape(32, 32, 4), Shape(64, 64, 4)
+    predictor.compile([large, small])
     before = dict(predictor.compiled)
-    predictor.compile([(2, 16)])
+    predictor.compile([small])
     assert predictor.compiled == before
-    assert predictor.shapes == [(2, 16), (2, 64)]
+    assert predictor.shapes == [small, large]
+    (batch,) = predictor.plan([40])
     with pytest.raises(TypeError):  # another shape is an error, not a silent compilation
-        before[(2, 16)](np.ones((3, 16), np.int32), np.ones((3, 16), np.int32))
+        before[small](predictor.inputs(batch, [window(0, 40)]))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +194,7 @@ def test_shapes_are_compiled_once_and_before_the_first_batch():
         ({"parallel": "xmap"}, "neither 'jit' nor 'pmap'"),
         ({"devices": 9}, "devices 9, but this process has 8"),
         ({"devices": 0}, "devices 0"),
-        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_tokens": 0}, "batch_tokens 0"),
         ({"matmul_precision": "int4"}, "matmul_precision 'int4'"),
     ],
 )
@@ -155,7 +218,7 @@ def test_compiled_code_is_kept_in_the_users_cache(monkeypatch, tmp_path):
         folder = jax.config.jax_compilation_cache_dir
         assert folder.startswith(str(tmp_path / "flaxqa"))
         jax._src.compilation_cache.reset_cache()
-        Predictor(small_model(), max_length=64, devices=1).compile([(3, 17)])
+        Predictor(small_model(), max_length=64, devices=1).compile([Shape(17, 17, 3)])
         assert list((tmp_path / "flaxqa").rglob("*-cache"))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
@@ -192,7 +255,6 @@ def test_bert_gets_the_segments_its_tokenizer_gives(bert_folder, parallel, devic
 
 def test_few_windows_make_a_small_batch():
     predictor = Predictor(small_model(), max_length=64, devices=2)
-    for windows, rows in ((1, 2), (2, 2), (3, 4), (5, 6), (9, 16), (10_000, 128)):
-        plan = predictor.plan([60] * windows)
-        assert {batch.shape for batch in plan} == {(rows if windows != 5 else 8, 64)}
-    assert Predictor(small_model(), max_length=64, devices=2, batch_size=3).rows(64, 99) == 4
+    for windows, tokens in ((1, 64), (2, 64), (3, 128), (5, 256), (9, 512), (10_000, 4_096)):
+        first = predictor.plan([60] * windows)[0]
+        assert first.shape[:2] == (tokens, 64)

@@ -131,7 +131,8 @@ def test_records_come_back_whole_and_in_order(reader, questions):
     assert [one[0].text for one in found[:5]] == [one[0].text for one in one_by_one]
 
 
-def test_a_stream_reads_one_chunk_ahead_and_no_further(reader):
+@pytest.mark.parametrize(("chunk_size", "first", "later"), [(4, 12, 16), (1, 1, 7)])
+def test_a_stream_reads_two_chunks_ahead_and_no_further(reader, chunk_size, first, later):
     taken = []
 
     def records():
@@ -139,11 +140,11 @@ def test_a_stream_reads_one_chunk_ahead_and_no_further(reader):
             taken.append(i)
             yield {"question": "Who?", "context": f"It is {i}.", "id": i}
 
-    stream = reader.answers(records(), chunk_size=4)
+    stream = reader.answers(records(), chunk_size=chunk_size)
     assert next(stream).record["id"] == 0
-    assert len(taken) == 4
+    assert len(taken) == first
     assert [next(stream).record["id"] for _ in range(6)] == [1, 2, 3, 4, 5, 6]
-    assert len(taken) == 8
+    assert len(taken) == later
 
 
 def test_what_was_read_before_an_error_of_the_source_is_answered(reader):
@@ -163,7 +164,9 @@ def test_two_streams_of_one_reader_do_not_mix(reader):
     streams = [reader.answers([(QUESTION, one)] * 5, chunk_size=2) for one in contexts]
     alone = [reader.answer(QUESTION, one) for one in contexts]
     for _ in range(5):
-        assert [next(stream) for stream in streams] == alone
+        for found, wanted in zip(map(next, streams), alone, strict=True):
+            assert [one.text for one in found] == [one.text for one in wanted]
+            assert found[0].score == pytest.approx(wanted[0].score, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -198,24 +201,26 @@ def test_one_question_that_cannot_be_asked_is_an_error(reader, question, context
 
 
 def test_logits_that_are_not_finite_are_an_error_of_their_row(reader, monkeypatch):
-    whole = predict.Predictor.predict
+    whole = predict.Predictor.stream
 
-    def spoilt(self, windows, progress):
-        return [
-            Logits(one.start * np.nan, one.end) if index == 1 else one
-            for index, one in enumerate(whole(self, windows, progress))
-        ]
+    def spoilt(self, chunks, progress):
+        for logits in whole(self, chunks, progress):
+            yield [
+                Logits(one.start * np.nan, one.end) if index == 1 else one
+                for index, one in enumerate(logits)
+            ]
 
-    monkeypatch.setattr(predict.Predictor, "predict", spoilt)
+    monkeypatch.setattr(predict.Predictor, "stream", spoilt)
     good, bad, also = reader.answers([(QUESTION, CONTEXT)] * 3)
     assert (good.error, bad.error, also.error) == (None, "the model's logits are not finite", None)
     assert good == also
     assert bad == []
-    monkeypatch.setattr(
-        predict.Predictor,
-        "predict",
-        lambda *args: [Logits(one.start * np.inf, one.end) for one in whole(*args)],
-    )
+
+    def infinite(self, chunks, progress):
+        for logits in whole(self, chunks, progress):
+            yield [Logits(one.start * np.inf, one.end) for one in logits]
+
+    monkeypatch.setattr(predict.Predictor, "stream", infinite)
     with pytest.raises(ModelRejected, match="not finite"):
         reader.answer(QUESTION, CONTEXT)
 
