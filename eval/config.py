@@ -56,7 +56,7 @@ class EvalConfig:
     """How many local devices to use; all of them when left out."""
 
     batch_tokens: int | None = None
-    """Windows of a batch on all devices together; by tokens and device when left out."""
+    """Tokens of a batch on each device; what suits the device when left out."""
 
     max_length: int = 384
     """Tokens of a window: question, part of the context and three special tokens."""

@@ -145,7 +145,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
     metrics["resumed_questions"] = resumed
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     metrics["peak_memory_bytes"] = peak * (1 if sys.platform == "darwin" else 1024)
-    run["shapes"] = [list(shape) for shape in predictor.shapes]
+    run["shapes"] = [shape._asdict() for shape in predictor.shapes]
     run["started"] = began.isoformat(timespec="seconds")
     run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write(output, questions, rows, predictions, scores, metrics, run, v2=v2)

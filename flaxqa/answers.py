@@ -227,10 +227,11 @@ def whole_words(words: np.ndarray, first: int, last: int) -> tuple[int, int]:
       first: a token.
       last: another, not before it.
     """
-    return (
-        int(np.searchsorted(words, words[first], side="left")),
-        int(np.searchsorted(words, words[last], side="right")) - 1,
-    )
+    while first and words[first - 1] == words[first]:
+        first -= 1
+    while last + 1 < len(words) and words[last + 1] == words[last]:
+        last += 1
+    return first, last
 
 
 def decode_spans(

@@ -14,6 +14,8 @@ Two ways of cutting a context that does not fit one window, by name:
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -35,7 +37,6 @@ class Example:
     context: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Tokens:
     """A text's C tokens, without special ones.
 
@@ -46,17 +47,26 @@ class Tokens:
         belongs to; never falls.
     """
 
-    ids: np.ndarray
-    offsets: np.ndarray
-    words: np.ndarray
+    encoding: tokenizers.Encoding
+
+    def __init__(self, ids: np.ndarray, offsets: np.ndarray, words: np.ndarray):
+        self.ids, self.offsets, self.words = ids, offsets, words
 
     @classmethod
     def of(cls, encoding: tokenizers.Encoding) -> Tokens:
-        return cls(
-            np.array(encoding.ids, np.int32),
-            np.array(encoding.offsets, np.int32).reshape(-1, 2),
-            np.array(encoding.word_ids, np.int32),
-        )
+        """The tokens of an encoding, whose offsets and words are read when they are asked for."""
+        tokens = cls.__new__(cls)
+        tokens.ids, tokens.encoding = np.array(encoding.ids, np.int32), encoding
+        return tokens
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        pairs = itertools.chain.from_iterable(self.encoding.offsets)
+        return np.fromiter(pairs, np.int32, 2 * len(self.ids)).reshape(-1, 2)
+
+    @functools.cached_property
+    def words(self) -> np.ndarray:
+        return np.array(self.encoding.word_ids, np.int32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -182,8 +192,9 @@ def make(
     for index, example in enumerate(examples):
         question, context = tokens[example.question].ids, tokens[example.context]
         cut = len(question) > limit
-        before = np.concatenate((cls, question[:limit], sep))
-        size, length = max_length - len(before) - 1, len(context.ids)
+        before = (cls, question[:limit], sep)
+        begin = min(len(question), limit) + 2
+        size, length = max_length - begin - 1, len(context.ids)
         step = doc_stride if windows == "mlperf" else size - doc_stride
         if length > size and (size < 1 or step < 1):
             problems.append(
@@ -194,8 +205,8 @@ def make(
         parts = split(length, size, min(step, size))
         counts = most_context(parts) if windows == "mlperf" else [None] * len(parts)
         for part, count in zip(parts, counts, strict=True):
-            ids = np.concatenate((before, context.ids[part], sep))
-            features.append(Feature(index, ids, len(before), context, part, cut, count))
+            ids = np.concatenate((*before, context.ids[part], sep))
+            features.append(Feature(index, ids, begin, context, part, cut, count))
     if problems:
         raise DataError(all_problems("examples that cannot be asked", problems))
     return features

@@ -39,6 +39,8 @@ NORM = ("scale", "bias")
 class Ragged:
     """Windows one after the other in a row of M tokens; or such rows, one for each device.
 
+    A longer window never comes after a shorter one.
+
     Attributes:
       input_ids: int32 [M]; after the last window any id.
       token_types: int32 [M], 0 for `[CLS] question [SEP]` and 1 for `context [SEP]`.
@@ -104,15 +106,15 @@ def weights_of(model: QuestionAnsweringModel) -> Weights:
 
 
 def forward(
-    weights: Weights, row: Ragged, *, config: EncoderConfig, longest: int
+    weights: Weights, row: Ragged, *, config: EncoderConfig, lengths: tuple[int, ...]
 ) -> Float[Array, "M 2"]:
     """The start and end logits of every token of a row; those after the last window mean nothing.
 
     Args:
       weights: of `weights_of`.
-      row: its windows have at most `longest` tokens, which are at most M.
+      row: its windows have at most `lengths[-1]` tokens.
       config: of the model.
-      longest: L, fixed in the compiled program.
+      lengths: ascending, at most M; what the windows are padded to for their attention alone.
     """
     sums = weights["qa_outputs"]["bias"].dtype
     x = weights["word_embeddings"][row.input_ids].astype(sums)
@@ -123,7 +125,7 @@ def forward(
     activation = ACTIVATIONS[config.activation]
 
     def layer(x: Array, layer: Weights) -> tuple[Array, None]:
-        mixed = attention(linear(x, layer["qkv"]), row, config.n_heads, longest, layer)
+        mixed = attention(linear(x, layer["qkv"]), row, config.n_heads, lengths, layer)
         x = norm(x + linear(mixed, layer["out"]), layer["attention_norm"])
         fed = linear(activation(linear(x, layer["lin1"])), layer["lin2"])
         return norm(x + fed, layer["output_norm"]), None
@@ -145,39 +147,53 @@ def layer_norm(x: Array, layer: Weights, *, epsilon: float) -> Array:
     return centred * jax.lax.rsqrt(variance + epsilon) * layer["scale"] + layer["bias"]
 
 
-def attention(qkv: Array, row: Ragged, n_heads: int, longest: int, layer: Weights) -> Array:
+def attention(
+    qkv: Array, row: Ragged, n_heads: int, lengths: tuple[int, ...], layer: Weights
+) -> Array:
     """The values [M, D] that the tokens of each window mix for each other, from qkv [M, 3 D]."""
-    dtype = layer["out"]["kernel"].dtype
+    given = {"n_heads": n_heads, "lengths": lengths, "dtype": layer["out"]["kernel"].dtype}
     by_platform: dict[str, Callable[..., Array]] = {
-        "cpu": functools.partial(window_by_window, n_heads=n_heads, longest=longest, dtype=dtype),
-        "default": functools.partial(all_windows, n_heads=n_heads, longest=longest, dtype=dtype),
+        "cpu": functools.partial(window_by_window, **given),
+        "default": functools.partial(all_windows, **given),
     }
     return jax.lax.platform_dependent(qkv, row, **by_platform)
 
 
-def window_by_window(qkv: Array, row: Ragged, *, n_heads: int, longest: int, dtype: Any) -> Array:
-    """Attention for a CPU, where the scores of one window stay in the cache."""
-    dim = qkv.shape[1] // 3
-    column = jnp.arange(longest)
+def window_by_window(
+    qkv: Array, row: Ragged, *, n_heads: int, lengths: tuple[int, ...], dtype: Any
+) -> Array:
+    """Attention for a CPU, where the scores of one window stay in the cache.
 
-    def one(index: Array, mixed: Array) -> Array:
+    One loop for the windows of each length: of a row, whatever it holds, next to nothing is padded.
+    """
+    dim = qkv.shape[1] // 3
+
+    def one(length: int, index: Array, mixed: Array) -> Array:
         # The last windows are read from further left, so that the slice stays inside the row.
-        start = jnp.minimum(row.starts[index], len(qkv) - longest)
+        start = jnp.minimum(row.starts[index], len(qkv) - length)
         first = row.starts[index] - start
+        column = jnp.arange(length)
         own = (column >= first) & (column < first + row.lengths[index])
-        part = jax.lax.dynamic_slice_in_dim(qkv, start, longest).astype(dtype)
-        q, k, v = (each.reshape(longest, n_heads, -1) for each in jnp.split(part, 3, axis=1))
-        new = attend(q, k, v, own).reshape(longest, dim)
-        old = jax.lax.dynamic_slice_in_dim(mixed, start, longest)
+        part = jax.lax.dynamic_slice_in_dim(qkv, start, length).astype(dtype)
+        q, k, v = (each.reshape(length, n_heads, -1) for each in jnp.split(part, 3, axis=1))
+        new = attend(q, k, v, own).reshape(length, dim)
+        old = jax.lax.dynamic_slice_in_dim(mixed, start, length)
         new = jnp.where(own[:, None], new, old)
         return jax.lax.dynamic_update_slice_in_dim(mixed, new, start, axis=0)
 
-    windows = (row.lengths > 0).sum()
-    return jax.lax.fori_loop(0, windows, one, jnp.zeros((len(qkv), dim), qkv.dtype))
+    mixed, begin = jnp.zeros((len(qkv), dim), qkv.dtype), jnp.int32(0)
+    for shorter, length in reversed(list(zip((0, *lengths), lengths, strict=False))):
+        end = (row.lengths > shorter).sum(dtype=np.int32)
+        mixed = jax.lax.fori_loop(begin, end, functools.partial(one, length), mixed)
+        begin = end
+    return mixed
 
 
-def all_windows(qkv: Array, row: Ragged, *, n_heads: int, longest: int, dtype: Any) -> Array:
+def all_windows(
+    qkv: Array, row: Ragged, *, n_heads: int, lengths: tuple[int, ...], dtype: Any
+) -> Array:
     """Attention for an accelerator: all windows at once, each padded to the longest."""
+    longest = lengths[-1]
     column = jnp.arange(longest)
     place = jnp.minimum(row.starts[:, None] + column, len(qkv) - 1)
     padded = qkv.astype(dtype)[place].reshape(*place.shape, 3, n_heads, -1)

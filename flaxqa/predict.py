@@ -35,7 +35,7 @@ from flaxqa.features import Feature
 from flaxqa.inference import Ragged
 from flaxqa.model import QuestionAnsweringModel
 
-LENGTHS = (*range(32, 385, 32), 448, 512)  # of the longest window of a row
+LENGTHS = (*range(32, 385, 32), 448, 512)  # that windows are padded to for their attention
 ROW_TOKENS = {"cpu": 4_096}  # larger rows leave the CPU's cache
 ROW_TOKENS_ELSEWHERE = 16_384
 BATCHES_IN_FLIGHT = 3
@@ -57,13 +57,13 @@ class Shape(NamedTuple):
 
     Attributes:
       tokens: of the row.
-      longest: the most tokens of a window.
       windows: the most windows of the row.
+      lengths: what windows are padded to for their attention.
     """
 
     tokens: int
-    longest: int
     windows: int
+    lengths: tuple[int, ...]
 
 
 class Batch(NamedTuple):
@@ -108,7 +108,7 @@ class MeshJit:
 
     def compile(self, shape: Shape) -> Run:
         """A function of a row of each device to logits [devices, M, 2]."""
-        forward = functools.partial(inference.forward, config=self.config, longest=shape.longest)
+        forward = functools.partial(inference.forward, config=self.config, lengths=shape.lengths)
 
         def one_row(weights: inference.Weights, rows: Ragged) -> jax.Array:
             return forward(weights, jax.tree.map(lambda array: array[0], rows))[None]
@@ -141,7 +141,7 @@ class Pmap:
 
     def compile(self, shape: Shape) -> Run:
         """A function of a row of each device to logits [devices, M, 2]."""
-        forward = functools.partial(inference.forward, config=self.config, longest=shape.longest)
+        forward = functools.partial(inference.forward, config=self.config, lengths=shape.lengths)
         mapped = jax.pmap(forward, devices=self.devices)
         compiled = mapped.lower(self.weights, abstract(shape, len(self.devices))).compile()
         return functools.partial(compiled, self.weights)
@@ -244,10 +244,13 @@ class Predictor:
             raise ValueError(f"a window of {longest} tokens, above {self.max_length}")
         each = max(-(-tokens // len(self.devices)), longest)
         row = next((size for size in self.row_tokens if size >= each), self.row_tokens[-1])
+        if self.on_cpu:
+            # One window at a time, so one program serves every mix of lengths.
+            lengths = tuple(length for length in self.lengths if length <= row)
+            return Shape(row, row, lengths)
+        # All at once, so there is room for as many as are likely, each padded to the longest.
         longest = next(length for length in self.lengths if length >= longest)
-        # An accelerator computes the attention of as many windows as there is room for.
-        windows = row if self.on_cpu else -(-3 * row // (2 * longest))
-        return Shape(row, longest, windows)
+        return Shape(row, -(-3 * row // (2 * longest)), (longest,))
 
     def plan(self, lengths: Sequence[int]) -> list[Batch]:
         """Every window in exactly one batch, the longest first.

@@ -568,6 +568,8 @@ def check_shares(**shares: Any) -> None:
 def as_example(record: Any) -> Example | str:
     """The question and the context of a record, or why it has none."""
     names = ("question", "context")
+    if type(record) is dict and all(type(record.get(name)) is str for name in names):
+        return Example("", record["question"], record["context"])  # as nearly all are
     if isinstance(record, Example):
         record = {name: getattr(record, name) for name in names}
     elif isinstance(record, (tuple, list)) and len(record) == 2:

@@ -17,8 +17,8 @@ from flaxqa.model import (
     DistilBertForQuestionAnswering,
 )
 
-LENGTHS = (5, 17, 1, 30, 8)
-TOKENS, LONGEST = 64, 32  # the last window ends less than 32 tokens before the end of the row
+WINDOWS = (30, 17, 8, 5, 1)  # the last ends less than 32 tokens before the end of the row
+TOKENS, LENGTHS = 64, (8, 16, 32)
 
 
 def model(kind, dtype):
@@ -39,8 +39,8 @@ def row():
     types = rng.integers(0, 2, TOKENS).astype(np.int32)
     positions, window = np.zeros((2, TOKENS), np.int32)
     starts, lengths = np.zeros((2, 7), np.int32)
-    for index, length in enumerate(LENGTHS):
-        start = sum(LENGTHS[:index])
+    for index, length in enumerate(WINDOWS):
+        start = sum(WINDOWS[:index])
         starts[index], lengths[index] = start, length
         positions[start : start + length] = np.arange(length)
         window[start : start + length] = index
@@ -56,7 +56,7 @@ def test_the_logits_are_those_of_the_model(monkeypatch, kind, attention, dtype, 
     with jax.enable_x64(dtype == "float64"):
         reference, ragged = model(kind, dtype), row()
         monkeypatch.setattr(inference, "window_by_window", getattr(inference, attention))
-        forward = functools.partial(inference.forward, config=reference.config, longest=LONGEST)
+        forward = functools.partial(inference.forward, config=reference.config, lengths=LENGTHS)
         logits = jax.jit(forward)(inference.weights_of(reference), ragged)
         for start, length in zip(ragged.starts, ragged.lengths, strict=True):
             if length:
@@ -73,13 +73,13 @@ def test_the_logits_are_those_of_the_model(monkeypatch, kind, attention, dtype, 
 
 def test_what_follows_the_last_window_changes_nothing():
     reference, ragged = model(DistilBertForQuestionAnswering, "float32"), row()
-    last = sum(LENGTHS)
+    last = sum(WINDOWS)
     other = dataclasses.replace(
         ragged, input_ids=np.where(np.arange(TOKENS) < last, ragged.input_ids, 1)
     )
     weights = inference.weights_of(reference)
     a, b = (
-        inference.forward(weights, each, config=reference.config, longest=LONGEST)
+        inference.forward(weights, each, config=reference.config, lengths=LENGTHS)
         for each in (ragged, other)
     )
     assert np.isfinite(a).all()
@@ -94,7 +94,7 @@ def test_the_whole_computation_lowers_for_accelerators(platform, dtype):
     weights = inference.weights_of(reference)
 
     def forward(weights, row):
-        return inference.forward(weights, row, config=config, longest=LONGEST)
+        return inference.forward(weights, row, config=config, lengths=LENGTHS)
 
     exported = jax.export.export(jax.jit(forward), platforms=[platform])(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights), row()

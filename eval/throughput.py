@@ -1,0 +1,650 @@
+"""How fast questions are answered, from raw text to decoded answers, beside other engines.
+
+Every engine gets the same questions, the same weights and the same cores, and a process of its own.
+Rounds are interleaved (A B C A B C ...), so that a machine that slows down slows all of them; what
+counts are medians and ratios. Set-up (loading, compiling, a warm-up run of everything) is timed
+apart. In each round the rate of the model's matrix products alone is measured, too, so that the
+distance of the best engine from what the machine can do is a number.
+
+Two ways of running each: `shipped`, as its documentation does it: windows in the order they come,
+8 at a time, padded to 384; `tuned`: windows sorted by length, batches padded to their longest.
+Windows and decoder are flaxqa's for all. flaxqa is timed with its reader as a user calls it.
+"""
+
+from __future__ import annotations
+
+import abc
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval import squad
+from flaxqa import answers, features, files
+from flaxqa.errors import UsageError
+from flaxqa.features import Example, Feature
+from flaxqa.predict import Logits
+
+PACKAGES = ("flaxqa", "jax", "jaxlib", "torch", "transformers", "onnxruntime", "openvino", "numpy")
+LENGTH, SHIPPED_BATCH = 384, 8
+TUNED_TOKENS = 2_048  # of a batch that is sorted by length
+MULTIPLE = 8  # what the length of a tuned batch is rounded up to
+
+Seam = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a worker does.
+
+    Attributes:
+      engine: a key of ENGINES, or "products".
+      way: "shipped" or "tuned".
+      dtype: of weights and operands.
+      model: directory of the checkpoint.
+      data: a SQuAD file.
+      questions: how many of it, drawn with a fixed seed.
+    """
+
+    engine: str
+    way: str
+    dtype: str
+    model: str
+    data: str
+    questions: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine} {self.way} {self.dtype}"
+
+
+class Engine(abc.ABC):
+    """Loads a checkpoint in its constructor; then windows to logits, batch by batch."""
+
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+    @abc.abstractmethod
+    def __init__(self, job: Job): ...
+
+    @abc.abstractmethod
+    def logits(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ids and mask, int64 [B, T], to start and end logits, float32 [B, T]."""
+
+
+class Torch(Engine):
+    """transformers' class with its default attention, sdpa."""
+
+    def __init__(self, job: Job):
+        import torch
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        self.torch, self.model = torch, torch_model(job)
+
+    def logits(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        torch = self.torch
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)
+            )
+            return output.start_logits.float().numpy(), output.end_logits.float().numpy()
+
+
+class TorchCompile(Torch):
+    """The same through torch.compile, with frozen weights."""
+
+    def __init__(self, job: Job):
+        super().__init__(job)
+        import torch._dynamo
+        import torch._inductor.config
+
+        torch._inductor.config.freezing = True
+        torch._dynamo.config.cache_size_limit = 256
+        self.model = self.torch.compile(self.model, dynamic=False)
+
+    def logits(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        torch = self.torch
+        with torch.no_grad():  # freezing does not work in inference mode
+            output = self.model(
+                input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)
+            )
+            return output.start_logits.float().numpy(), output.end_logits.float().numpy()
+
+
+class OnnxRuntime(Engine):
+    """The model as transformers' class exports it; int8 through dynamic quantization."""
+
+    dtypes = ("float32", "int8")
+
+    def __init__(self, job: Job):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = os.cpu_count() or 1
+        with tempfile.TemporaryDirectory() as folder:
+            path = onnx_file(job, Path(folder))
+            if job.dtype == "int8":
+                from onnxruntime.quantization import quantize_dynamic
+
+                quantize_dynamic(path, path.with_suffix(".int8"))
+                path = path.with_suffix(".int8")
+            self.session = onnxruntime.InferenceSession(path, options)
+
+    def logits(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        start, end = self.session.run(None, {"input_ids": ids, "attention_mask": mask})
+        return start, end
+
+
+class OpenVino(Engine):
+    """The torch model converted by OpenVINO, all cores on one batch."""
+
+    def __init__(self, job: Job):
+        import openvino
+        import torch
+
+        example = torch.ones(2, 64, dtype=torch.long)
+        model = openvino.convert_model(tuple_model(job), example_input=(example, example))
+        precision = {"float32": "f32", "bfloat16": "bf16"}[job.dtype]
+        settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        compiled = openvino.Core().compile_model(model, "CPU", settings)
+        self.request = compiled.create_infer_request()
+
+    def logits(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        results = self.request.infer([ids, mask])
+        start, end = (results[i].copy() for i in range(2))
+        return start, end
+
+
+ENGINES: dict[str, type[Engine]] = {
+    "torch": Torch,
+    "torch.compile": TorchCompile,
+    "onnxruntime": OnnxRuntime,
+    "openvino": OpenVino,
+}
+OURS = {"flaxqa": "jit", "flaxqa-pmap": "pmap"}
+
+
+def torch_model(job: Job) -> Any:
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(job.model).eval()
+    return model.to(getattr(torch, "bfloat16" if job.dtype == "bfloat16" else "float32"))
+
+
+def tuple_model(job: Job) -> Any:
+    """The float32 model with a tuple as its output, for converters."""
+    import torch
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = torch_model(dataclasses.replace(job, dtype="float32"))
+
+        def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask)
+            return output.start_logits, output.end_logits
+
+    return Wrapped()
+
+
+def onnx_file(job: Job, folder: Path) -> Path:
+    import torch
+
+    path, names = folder / "model.onnx", ["input_ids", "attention_mask"]
+    example = torch.ones(2, 64, dtype=torch.long)
+    torch.onnx.export(
+        tuple_model(job),
+        (example, example),
+        path,
+        input_names=names,
+        output_names=["start_logits", "end_logits"],
+        dynamic_axes={name: {0: "batch", 1: "length"} for name in names},
+        dynamo=False,
+        opset_version=17,
+    )
+    return path
+
+
+def padded_batches(lengths: Sequence[int], way: str) -> list[tuple[list[int], int]]:
+    """The windows of each batch and the length they are padded to."""
+    if way == "shipped":
+        rows = list(range(len(lengths)))
+        return [
+            (rows[i : i + SHIPPED_BATCH], LENGTH) for i in range(0, len(lengths), SHIPPED_BATCH)
+        ]
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches = []
+    while order:
+        length = -(-lengths[order[0]] // MULTIPLE) * MULTIPLE
+        size = max(1, TUNED_TOKENS // length)
+        batches.append((order[:size], length))
+        order = order[size:]
+    return batches
+
+
+def run_padded(seam: Seam, windows: Sequence[Feature], way: str) -> list[Logits]:
+    """The logits of every window."""
+    found: dict[int, Logits] = {}
+    for rows, length in padded_batches([len(window) for window in windows], way):
+        ids, mask = np.zeros((2, len(rows), length), np.int64)
+        for row, index in enumerate(rows):
+            ids[row, : len(windows[index])] = windows[index].input_ids
+            mask[row, : len(windows[index])] = 1
+        start, end = seam(ids, mask)
+        for row, index in enumerate(rows):
+            tokens = len(windows[index])
+            found[index] = Logits(start[row, :tokens], end[row, :tokens])
+    return [found[index] for index in range(len(windows))]
+
+
+def questions_of(job: Job) -> list[Example]:
+    every = squad.read(Path(job.data)).questions
+    chosen = random.Random(0).sample(range(len(every)), min(job.questions, len(every)))  # noqa: S311
+    return [every[index] for index in sorted(chosen)]
+
+
+def prepare(job: Job) -> Callable[[], list[str]]:
+    """Loads the engine; the function answers all questions once and returns the answers."""
+    examples = questions_of(job)
+    if job.engine in OURS:
+        from flaxqa import reader
+
+        loaded = reader.load(job.model, dtype=job.dtype, parallel=OURS[job.engine])
+        records = [(example.question, example.context) for example in examples]
+        return lambda: [found[0].text if found else "" for found in loaded.answers(records)]
+
+    from flaxqa import checkpoint
+
+    tokenizer = checkpoint.load(job.model).tokenizer
+    engine = ENGINES[job.engine](job)
+
+    def run() -> list[str]:
+        windows = features.make(examples, tokenizer, max_length=LENGTH)
+        logits = run_padded(engine.logits, windows, job.way)
+        found = answers.decode_spans(examples, windows, logits)
+        return [one[0].text if one else "" for one in found]
+
+    return run
+
+
+def products(dtype: str) -> float:
+    """FLOP/s of the matrix products of a DistilBERT-base layer alone, the best of some sizes."""
+    import jax
+    import jax.numpy as jnp
+
+    dim, hidden = 768, 3_072
+    sizes = ((dim, 3 * dim), (dim, dim), (dim, hidden), (hidden, dim))
+    rng = np.random.default_rng(0)
+    best = 0.0
+    for rows in (1_024, 4_096):
+        seconds = 0.0
+        for inner, outer in sizes:
+            a, b = (
+                jnp.asarray(rng.normal(size=shape), dtype)
+                for shape in ((rows, inner), (inner, outer))
+            )
+            product = jax.jit(lambda a, b: jax.lax.dot(a, b, preferred_element_type=jnp.float32))
+            product(a, b).block_until_ready()
+            took = []
+            for _ in range(5):
+                began = time.perf_counter()
+                product(a, b).block_until_ready()
+                took.append(time.perf_counter() - began)
+            seconds += statistics.median(took)
+        flops = sum(2 * rows * inner * outer for inner, outer in sizes)
+        best = max(best, flops / seconds)
+    return best
+
+
+def torch_products(dtype: str) -> float:
+    """The same by torch."""
+    import torch
+
+    rows, dim, hidden = 4_096, 768, 3_072
+    seconds, flops = 0.0, 0
+    for inner, outer in ((dim, 3 * dim), (dim, dim), (dim, hidden), (hidden, dim)):
+        a = torch.randn(rows, inner).to(getattr(torch, dtype))
+        b = torch.randn(outer, inner).to(getattr(torch, dtype))
+        took = []
+        for _ in range(6):
+            began = time.perf_counter()
+            torch.nn.functional.linear(a, b)
+            took.append(time.perf_counter() - began)
+        seconds += statistics.median(took)
+        flops += 2 * rows * inner * outer
+    return flops / seconds
+
+
+def useful_flops(job: Job) -> dict[str, int]:
+    """Multiplications and additions that the answers need, without padding; and the windows."""
+    from flaxqa import checkpoint
+
+    loaded = checkpoint.load(job.model)
+    config = loaded.config
+    windows = features.make(questions_of(job), loaded.tokenizer, max_length=LENGTH)
+    lengths = np.array([len(window) for window in windows], np.int64)
+    per_token = config.n_layers * 2 * (4 * config.dim**2 + 2 * config.dim * config.hidden_dim)
+    attention = config.n_layers * 4 * config.dim
+    flops = int(per_token * lengths.sum() + attention * (lengths**2).sum())
+    return {"windows": len(lengths), "tokens": int(lengths.sum()), "useful_flops": flops}
+
+
+def work(job: Job) -> None:
+    """A worker: one line when it is ready, then one for each line it is sent."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print does not mix with the answers
+
+    def tell(**content: Any) -> None:
+        print(json.dumps(content), file=out, flush=True)
+
+    began = time.perf_counter()
+    try:
+        if job.engine == "products":
+            rate = products if job.way == "jax" else torch_products
+            rate(job.dtype)
+            tell(setup_seconds=time.perf_counter() - began)
+            for _ in sys.stdin:
+                tell(rate=rate(job.dtype))
+            return
+        run = prepare(job)
+        first = run()
+        tell(setup_seconds=time.perf_counter() - began, answers=first)
+        for _ in sys.stdin:
+            began = time.perf_counter()
+            again = run()
+            tell(seconds=time.perf_counter() - began, same=again == first)
+    except ModuleNotFoundError as error:
+        tell(absent=f"{error.name} is not installed")
+    except Exception as error:
+        tell(absent=f"{type(error).__name__}: {error}")
+
+
+class Worker:
+    """A job in a process of its own."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "eval.throughput", "--worker", json.dumps(vars(job))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.ready = self.read()
+        self.rounds: list[dict[str, Any]] = []
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None  # noqa: S101 (for the type checker)
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"absent": "the process ended"}
+
+    def round(self) -> None:
+        assert self.process.stdin is not None  # noqa: S101
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.rounds.append(self.read())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def workers(jobs: Sequence[Job], say: Callable[[str], None]) -> Iterator[list[Worker]]:
+    """The workers that came up; each of the others is told of."""
+    started: list[Worker] = []
+    try:
+        for job in jobs:
+            say(f"setting up {job.name}")
+            started.append(Worker(job))
+            if reason := started[-1].ready.get("absent"):
+                say(f"{job.name} is left out: {reason}")
+        yield started
+    finally:
+        for worker in started:
+            worker.close()
+
+
+def base_checkpoint(like: str, directory: Path) -> None:
+    """A checkpoint of the size of DistilBERT-base, random weights, with the tokenizer of another.
+
+    Random weights compute as fast as trained ones.
+    """
+    import shutil
+
+    from flax import nnx
+
+    from flaxqa import DistilBertConfig, DistilBertForQuestionAnswering, checkpoint
+
+    vocabulary = checkpoint.load(like).tokenizer.get_vocab_size()
+    config = DistilBertConfig(
+        vocab_size=vocabulary, max_position_embeddings=512, dim=768, n_heads=12, n_layers=6,
+        hidden_dim=3_072,
+    )  # fmt: skip
+    DistilBertForQuestionAnswering(config, rngs=nnx.Rngs(0)).save_pretrained(directory)
+    for file in Path(like).iterdir():
+        if "token" in file.name or file.name.startswith("vocab"):
+            shutil.copy(file, directory)
+
+
+def jobs_of(args: argparse.Namespace, model: str) -> list[Job]:
+    common = {"model": model, "data": args.data, "questions": args.questions}
+    jobs = []
+    for name in args.engines:
+        if name in OURS:
+            jobs.append(Job(name, "as a user calls it", args.dtype, **common))
+        elif name in ENGINES:
+            dtypes = [d for d in ENGINES[name].dtypes if d == args.dtype]
+            if name == "onnxruntime" and args.dtype == "bfloat16":
+                dtypes = ["int8"]  # what it has instead
+            jobs += [Job(name, way, dtype, **common) for dtype in dtypes for way in args.ways
+                     if (name, way) != ("torch.compile", "shipped")]  # fmt: skip
+        else:
+            raise UsageError(f"engine {name!r} is not one of {[*OURS, *ENGINES]}")
+    return jobs
+
+
+def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs all jobs and returns the report."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model
+        if args.size == "base":
+            model = folder
+            base_checkpoint(args.model, Path(folder))
+        jobs = jobs_of(args, model)
+        ceilings = [
+            Job("products", by, args.dtype, model, args.data, args.questions)
+            for by in ("jax", "torch")
+        ]
+        counts = useful_flops(jobs[0])
+        with workers([*jobs, *ceilings], say) as started:
+            there = [worker for worker in started if "absent" not in worker.ready]
+            for number in range(args.rounds):
+                for worker in there:
+                    worker.round()
+                    last = worker.rounds[-1]
+                    value = last.get("seconds") or last.get("rate", 0) / 1e9
+                    say(f"round {number + 1} of {args.rounds}: {worker.job.name} {value:.2f}")
+            return report(args, counts, started)
+
+
+def report(
+    args: argparse.Namespace, counts: dict[str, int], started: Sequence[Worker]
+) -> dict[str, Any]:
+    """Everything that was measured, each number in the unit that its name says."""
+    rates = [
+        statistics.median(one["rate"] for one in worker.rounds)
+        for worker in started
+        if worker.job.engine == "products" and worker.rounds
+    ]
+    ceiling = max(rates, default=float("nan"))
+    ours = next((worker for worker in started if worker.job.engine in OURS and worker.rounds), None)
+    rows = []
+    for worker in started:
+        if worker.job.engine == "products":
+            continue
+        row: dict[str, Any] = {
+            "engine": worker.job.engine, "way": worker.job.way, "dtype": worker.job.dtype,
+        }  # fmt: skip
+        if reason := worker.ready.get("absent"):
+            rows.append(row | {"absent": reason})
+            continue
+        seconds = [one["seconds"] for one in worker.rounds]
+        median = statistics.median(seconds)
+        row |= {
+            "seconds": seconds,
+            "median_seconds": median,
+            "questions_per_second": args.questions / median,
+            "useful_gflops_per_second": counts["useful_flops"] / median / 1e9,
+            "share_of_products": counts["useful_flops"] / median / ceiling,
+            "setup_seconds": worker.ready["setup_seconds"],
+            "same_answers_every_round": all(one["same"] for one in worker.rounds),
+        }
+        if ours is not None:
+            pairs = zip(worker.rounds, ours.rounds, strict=True)
+            row["flaxqa_is_faster_by"] = statistics.median(
+                theirs["seconds"] / mine["seconds"] for theirs, mine in pairs
+            )
+            theirs, mine = worker.ready["answers"], ours.ready["answers"]
+            row["same_answers_as_flaxqa"] = sum(map(str.__eq__, theirs, mine)) / len(mine)
+        rows.append(row)
+    return {
+        "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "size": args.size,
+        "dtype": args.dtype,
+        "data": Path(args.data).name,
+        "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
+        "questions": args.questions,
+        **counts,
+        "rounds": args.rounds,
+        "products_gflops_per_second": ceiling / 1e9,
+        "machine": machine(),
+        "versions": versions(),
+        "engines": rows,
+    }
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with "+" where files were changed after it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(  # noqa: S603
+            ["git", *arguments],  # noqa: S607
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def machine() -> dict[str, Any]:
+    name = platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        name = next((line.split(":")[1].strip() for line in file if "model name" in line), name)
+    return {"processor": name, "cpus": os.cpu_count(), "system": platform.system()}
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [
+        f"{report['questions']:,} questions, {report['windows']:,} windows, "
+        f"{report['tokens']:,} tokens; {report['size']} size, {report['dtype']}; medians of "
+        f"{report['rounds']} rounds; matrix products alone "
+        f"{report['products_gflops_per_second']:,.0f} GFLOP/s.",
+        "",
+        "| engine | how | dtype | questions/s | useful GFLOP/s | of the products' rate "
+        "| flaxqa is faster by | set-up s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["engines"]:
+        names = f"| {row['engine']} | {row['way']} | {row['dtype']} "
+        if "absent" in row:
+            lines.append(f"{names}| left out: {row['absent'].splitlines()[0]} | | | | |")
+            continue
+        faster = row.get("flaxqa_is_faster_by")
+        lines.append(
+            f"{names}| {row['questions_per_second']:,.1f} "
+            f"| {row['useful_gflops_per_second']:,.0f} | {row['share_of_products']:.0%} "
+            f"| {'' if faster is None else f'{faster:.2f} x'} | {row['setup_seconds']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m eval.throughput", description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    quickstart = "configs/quickstart"
+    made.add_argument("--model", default=f"{quickstart}/checkpoint", help="checkpoint directory")
+    made.add_argument("--data", default=f"{quickstart}/heldout.json", help="a SQuAD file")
+    made.add_argument(
+        "--size", choices=("base", "model"), default="base",
+        help="base: random weights of DistilBERT-base's size; model: those of --model",
+    )  # fmt: skip
+    made.add_argument("--questions", type=int, default=100, help="how many, drawn at random")
+    made.add_argument("--rounds", type=int, default=5, help="interleaved runs of each engine")
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all")
+    made.add_argument(
+        "--engines", nargs="+", default=["flaxqa", *ENGINES], metavar="NAME",
+        help=f"of {', '.join([*OURS, *ENGINES])}",
+    )  # fmt: skip
+    made.add_argument(
+        "--ways", nargs="+", choices=("shipped", "tuned"), default=["shipped", "tuned"],
+        help="how the others are run",
+    )  # fmt: skip
+    made.add_argument("--output", help="file for everything measured, JSON")
+    made.add_argument("--worker", help=argparse.SUPPRESS)
+    return made
+
+
+def main() -> int:
+    args = parser().parse_args()
+    if args.worker:
+        work(Job(**json.loads(args.worker)))
+        return 0
+
+    def say(text: str) -> None:
+        print(f"throughput: {text}", file=sys.stderr, flush=True)
+
+    try:
+        found = measure(args, say)
+    except (UsageError, ValueError, OSError) as error:
+        print(f"throughput: {error}", file=sys.stderr)
+        return 2
+    if args.output:
+        files.write_whole(Path(args.output), json.dumps(found, indent=1).encode() + b"\n")
+    print(table(found), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
