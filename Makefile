@@ -8,11 +8,12 @@ TORCH := torch==2.13.0
 LOCK := --quiet --universal --python-version 3.11 --no-header --no-emit-index-url \
   --no-emit-find-links --upgrade
 
-.PHONY: help eval test lint types check lock clean
+.PHONY: help eval test bench lint types check lock clean
 
 help:
 	@echo "make eval    set up and score the quickstart checkpoint on its held-out questions"
 	@echo "make test    set up and run the tests"
+	@echo "make bench   set up other engines and measure flaxqa beside them; 20 minutes on 2 cores"
 	@echo "make check   set up, lint and check types"
 	@echo "make lock    resolve the locked versions anew (needs uv)"
 	@echo "make clean   remove the environment and caches"
@@ -22,6 +23,10 @@ eval: .venv/.run
 
 test: .venv/.test
 	$(BIN)/python -m pytest
+
+bench: .venv/.bench
+	$(BIN)/python -m eval.throughput --dtype float32 --output runs/bench-float32.json
+	$(BIN)/python -m eval.throughput --dtype bfloat16 --output runs/bench-bfloat16.json
 
 check: lint types
 
@@ -46,10 +51,16 @@ types: .venv/.test
 	$(PIP) --requirement requirements-test.lock $(TORCH)
 	@touch $@
 
+.venv/.bench: .venv/.run requirements-bench.lock
+	$(PIP) --requirement requirements-bench.lock $(TORCH)
+	@touch $@
+
 lock:
 	uv pip compile $(LOCK) --output-file requirements.lock pyproject.toml --group build
 	uv pip compile $(LOCK) --constraint requirements.lock --output-file requirements-test.lock \
 	  --group test
+	uv pip compile $(LOCK) --constraint requirements.lock --output-file requirements-bench.lock \
+	  --group bench
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist runs

@@ -43,8 +43,9 @@ class EvalConfig:
     limit: int | None = None
     """Only the first so many questions. The scores are then those of this part alone."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of weights and operands; sums, norms and softmax are float32 in any case."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    """Of weights and operands; sums, norms and softmax are float32 in any case. auto is bfloat16 on
+    GPUs and TPUs, float32 on CPUs; which it was is in run.json."""
 
     matmul_precision: Literal["float32", "tensorfloat32", "bfloat16", "default"] = "float32"
     """Of float32 products. JAX's own default is TF32 on NVIDIA and bfloat16 passes on TPU."""

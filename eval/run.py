@@ -103,6 +103,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
         },
         "decoder": config.decoder,
         "platform": {
+            "dtype": str(checkpoint.model.dtype),
             "backend": predictor.devices[0].platform,
             "device_kind": predictor.devices[0].device_kind,
             "devices": len(predictor.devices),

@@ -89,8 +89,8 @@ class Ask:
     doc_stride: int | None = None
     """Tokens that neighbouring windows share; 128, or half a window if that is less."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of weights and operands."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    """Of weights and operands; auto is bfloat16 on GPUs and TPUs, float32 on CPUs."""
 
     json: bool = False
     """One JSON line, also on a terminal."""

@@ -43,9 +43,10 @@ class Ragged:
 
     Attributes:
       input_ids: int32 [M]; after the last window any id.
-      token_types: int32 [M], 0 for `[CLS] question [SEP]` and 1 for `context [SEP]`.
+      token_types: int32 [M], 0 for `[CLS] question [SEP]` and 1 for `context [SEP]`. Read by models
+        with segment embeddings.
       positions: int32 [M], the place of each token in its window, 0 after the last window.
-      window: int32 [M], the window of each token, 0 after the last window.
+      window: int32 [M], the window of each token, 0 after the last window. A CPU does not read it.
       starts: int32 [W], the first token of each window.
       lengths: int32 [W], 0 after the last window.
     """

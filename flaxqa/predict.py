@@ -2,7 +2,7 @@
 
 A batch is one row of tokens for each device, filled with whole windows (see `flaxqa.inference`):
 the longest first, then always the longest that still fits. What is left over when a row is full is
-the only padding, a few tokens in a thousand. The last batch of a plan gets shorter rows, so that
+the only padding, a few tokens in a thousand. The rows of a small job are shorter, so that
 one question does not wait for a whole batch. Rows are split over the devices by one of two
 strategies with one interface: `jit` over a mesh with the single axis `data`, or `pmap`.
 """
@@ -221,8 +221,12 @@ class Predictor:
         if batch_tokens is None:
             batch_tokens = ROW_TOKENS.get(self.devices[0].platform, ROW_TOKENS_ELSEWHERE)
         most = max(batch_tokens, max_length)
-        powers = (1 << bit for bit in range(most.bit_length()))
-        longer = (size for size in powers if max_length < size < most)
+        # An eighth of a power of two apart, so that the row of a small job is nearly full, too.
+        longer = (
+            size
+            for size in range(max_length, most)
+            if size % max(128, 1 << size.bit_length() - 4) == 0
+        )
         self.row_tokens = sorted({*self.lengths, *longer, most})
         self.pad_token_id = model.config.pad_token_id
         self.with_types = model.config.type_vocab_size > 0
@@ -242,7 +246,10 @@ class Predictor:
         """
         if longest > self.max_length:
             raise ValueError(f"a window of {longest} tokens, above {self.max_length}")
-        each = max(-(-tokens // len(self.devices)), longest)
+        # As many batches as there must be, all of one size.
+        whole = len(self.devices) * self.row_tokens[-1]
+        batches = -(-tokens // whole)
+        each = max(-(-tokens // (batches * len(self.devices))), longest)
         row = next((size for size in self.row_tokens if size >= each), self.row_tokens[-1])
         if self.on_cpu:
             # One window at a time, so one program serves every mix of lengths.
@@ -376,7 +383,8 @@ class Predictor:
             lengths[device, :count] = sizes
             starts[device, :count] = np.cumsum(sizes) - sizes
             np.concatenate([feature.input_ids for feature in row], out=ids[device, :total])
-            window[device, :total] = np.repeat(np.arange(count, dtype=np.int32), sizes)
+            if not self.on_cpu:  # where attention goes window by window
+                window[device, :total] = np.repeat(np.arange(count, dtype=np.int32), sizes)
             place = np.arange(total, dtype=np.int32) - np.repeat(starts[device, :count], sizes)
             positions[device, :total] = place
             if self.with_types:
@@ -421,6 +429,11 @@ def local_devices(number: int | Sequence[jax.Device] | None) -> list[jax.Device]
             f"devices {number}, but this process has {len(devices)} ({devices[0].platform}){hint}"
         )
     return devices[:number]
+
+
+def default_dtype(number: int | None = None) -> str:
+    """bfloat16 where products in it are many times faster and norms stay float32; else float32."""
+    return "float32" if local_devices(number)[0].platform == "cpu" else "bfloat16"
 
 
 def use_compilation_cache() -> None:

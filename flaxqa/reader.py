@@ -94,7 +94,7 @@ def load(
     model: str | Path,
     *,
     revision: str | None = None,
-    dtype: DTypeLike = "float32",
+    dtype: DTypeLike = "auto",
     parallel: str = "jit",
     devices: int | None = None,
     batch_tokens: int | None = None,
@@ -111,7 +111,8 @@ def load(
     Args:
       model: a directory, or a hub id such as `distilbert/distilbert-base-uncased-distilled-squad`.
       revision: branch, tag or commit of a hub model.
-      dtype: of weights and operands: float32, bfloat16, float16; float64 under `jax.enable_x64`.
+      dtype: of weights and operands: "float32", "bfloat16", "float16", "float64" under
+        `jax.enable_x64`, or "auto", which is bfloat16 on GPUs and TPUs and float32 on CPUs.
       parallel: "jit" or "pmap", how rows are split over the devices.
       devices: how many of this process's devices to use; None for all.
       batch_tokens: tokens of a batch on each device; None for what suits the device.
@@ -126,6 +127,8 @@ def load(
       TryAgain: the hub cannot be reached and its cache has no copy.
     """
     predict.use_compilation_cache()
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = predict.default_dtype(devices)
     loaded = checkpoint.load(model, revision=revision, dtype=dtype)
     return Reader(
         loaded,
@@ -568,8 +571,10 @@ def check_shares(**shares: Any) -> None:
 def as_example(record: Any) -> Example | str:
     """The question and the context of a record, or why it has none."""
     names = ("question", "context")
-    if type(record) is dict and all(type(record.get(name)) is str for name in names):
-        return Example("", record["question"], record["context"])  # as nearly all are
+    if type(record) is dict:  # as nearly all are
+        question, context = record.get("question"), record.get("context")
+        if type(question) is str and type(context) is str:
+            return Example("", question, context)
     if isinstance(record, Example):
         record = {name: getattr(record, name) for name in names}
     elif isinstance(record, (tuple, list)) and len(record) == 2:

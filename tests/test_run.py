@@ -385,7 +385,7 @@ def test_numbers_below_one_are_refused():
         EvalConfig(model="m", data="d", output="o", limit=0, n_best=-1)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "squad_v1.1"])
+@pytest.mark.parametrize("name", ["quickstart", "squad_v1.1", "gpu", "tpu"])
 def test_the_shipped_configs_are_valid(name):
     assert EvalConfig(**read_toml(QUICKSTART.parent / f"{name}.toml"))
 

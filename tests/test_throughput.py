@@ -1,0 +1,95 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from eval import throughput
+from eval.throughput import Job
+from flaxqa import features
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A measurement of the tiny checkpoint, through the command line."""
+    output = tmp_path_factory.mktemp("throughput") / "report.json"
+    options = "--size model --questions 6 --rounds 2 --ways tuned"
+    arguments = f"{options} --engines flaxqa flaxqa-pmap torch --output {output}".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["throughput", *arguments])
+        assert throughput.main() == 0
+    return json.loads(output.read_text())
+
+
+def test_a_report_has_every_round_of_every_engine(measured):
+    assert [row["engine"] for row in measured["engines"]] == ["flaxqa", "flaxqa-pmap", "torch"]
+    assert measured["products_gflops_per_second"] > 0
+    assert measured["useful_flops"] > measured["tokens"] > measured["windows"] >= 6
+    assert measured["versions"]["torch"] is not None
+    for row in measured["engines"]:
+        assert len(row["seconds"]) == 2
+        assert row["median_seconds"] == pytest.approx(np.mean(row["seconds"]))
+        rate = measured["useful_flops"] / row["median_seconds"] / 1e9
+        assert row["useful_gflops_per_second"] == pytest.approx(rate)
+        assert row["setup_seconds"] > 0
+    mine, _, torch = measured["engines"]
+    ratios = np.array(torch["seconds"]) / np.array(mine["seconds"])
+    assert torch["flaxqa_is_faster_by"] == pytest.approx(np.median(ratios))
+    assert mine["flaxqa_is_faster_by"] == 1.0
+
+
+def test_every_engine_gives_the_same_answers_in_every_round(measured):
+    for row in measured["engines"]:
+        assert row["same_answers_every_round"]
+        assert row["same_answers_as_flaxqa"] == 1.0
+
+
+def test_the_table_names_every_engine(measured):
+    rows = throughput.table(measured).splitlines()[2:]
+    assert len(rows) == 2 + 3
+    assert all(row.count("|") == 9 for row in rows)
+    measured["engines"].append(
+        {"engine": "none", "way": "tuned", "dtype": "float32", "absent": "none is not installed"}
+    )
+    assert "left out: none is not installed" in throughput.table(measured)
+    measured["engines"].pop()
+
+
+def test_an_engine_that_cannot_be_set_up_is_told_of(monkeypatch):
+    job = Job("torch", "tuned", "float32", "no-such-model", "configs/quickstart/heldout.json", 3)
+    said = []
+    with throughput.workers([job], said.append) as (worker,):
+        assert "no-such-model" in worker.ready["absent"]
+    assert said[0] == "setting up torch tuned float32"
+    assert said[1].startswith("torch tuned float32 is left out: ")
+    assert worker.process.poll() is not None
+
+
+@pytest.mark.parametrize("way", ["shipped", "tuned"])
+def test_padded_batches_have_every_window_once(way):
+    lengths = np.random.default_rng(0).integers(20, 385, 99).tolist()
+    batches = throughput.padded_batches(lengths, way)
+    assert sorted(index for rows, _ in batches for index in rows) == list(range(99))
+    for rows, length in batches:
+        assert max(lengths[index] for index in rows) <= length <= 384
+        assert len(rows) * length <= (8 * 384 if way == "shipped" else 2_048)
+    if way == "shipped":
+        assert batches[0] == (list(range(8)), 384)
+
+
+def test_logits_of_padded_batches_come_back_to_their_windows():
+    context = features.Tokens(*np.zeros((3, 2), np.int32))
+    windows = [
+        features.Feature(i, np.arange(i, i + n, dtype=np.int32), 3, context, slice(0, 2), False)
+        for i, n in enumerate((9, 30, 21))
+    ]
+    found = throughput.run_padded(lambda ids, mask: (ids * mask, -ids * mask), windows, "tuned")
+    for window, logits in zip(windows, found, strict=True):
+        assert np.array_equal(logits.start, window.input_ids)
+        assert np.array_equal(logits.end, -window.input_ids)
+
+
+def test_an_unknown_engine_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["throughput", "--engines", "tensorflow", "--size", "model"])
+    assert throughput.main() == 2
+    assert "engine 'tensorflow' is not one of ['flaxqa'" in capsys.readouterr().err
