@@ -397,13 +397,21 @@ class Worker:
 
     def round(self) -> None:
         assert self.process.stdin is not None  # noqa: S101
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # what then is read says so
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         self.rounds.append(self.read())
+
+    @property
+    def absent(self) -> str | None:
+        """Why it has no times, or None."""
+        told = (one["absent"] for one in (self.ready, *self.rounds) if "absent" in one)
+        return next(told, None)
 
     def close(self) -> None:
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.communicate()
 
 
 @contextlib.contextmanager
@@ -414,7 +422,7 @@ def workers(jobs: Sequence[Job], say: Callable[[str], None]) -> Iterator[list[Wo
         for job in jobs:
             say(f"setting up {job.name}")
             started.append(Worker(job))
-            if reason := started[-1].ready.get("absent"):
+            if reason := started[-1].absent:
                 say(f"{job.name} is left out: {reason}")
         yield started
     finally:
@@ -475,9 +483,8 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         ]
         counts = useful_flops(jobs[0])
         with workers([*jobs, *ceilings], say) as started:
-            there = [worker for worker in started if "absent" not in worker.ready]
             for number in range(args.rounds):
-                for worker in there:
+                for worker in (one for one in started if one.absent is None):
                     worker.round()
                     last = worker.rounds[-1]
                     value = last.get("seconds") or last.get("rate", 0) / 1e9
@@ -492,10 +499,12 @@ def report(
     rates = [
         statistics.median(one["rate"] for one in worker.rounds)
         for worker in started
-        if worker.job.engine == "products" and worker.rounds
+        if worker.job.engine == "products" and worker.absent is None
     ]
     ceiling = max(rates, default=float("nan"))
-    ours = next((worker for worker in started if worker.job.engine in OURS and worker.rounds), None)
+    ours = next(
+        (worker for worker in started if worker.job.engine in OURS and not worker.absent), None
+    )
     rows = []
     for worker in started:
         if worker.job.engine == "products":
@@ -503,7 +512,7 @@ def report(
         row: dict[str, Any] = {
             "engine": worker.job.engine, "way": worker.job.way, "dtype": worker.job.dtype,
         }  # fmt: skip
-        if reason := worker.ready.get("absent"):
+        if reason := worker.absent:
             rows.append(row | {"absent": reason})
             continue
         seconds = [one["seconds"] for one in worker.rounds]

@@ -55,14 +55,26 @@ def test_the_table_names_every_engine(measured):
     measured["engines"].pop()
 
 
-def test_an_engine_that_cannot_be_set_up_is_told_of(monkeypatch):
-    job = Job("torch", "tuned", "float32", "no-such-model", "configs/quickstart/heldout.json", 3)
+def test_an_engine_that_cannot_be_set_up_is_told_of():
+    job = Job("torch", "tuned", "float32", "./no-such-model", "configs/quickstart/heldout.json", 3)
     said = []
     with throughput.workers([job], said.append) as (worker,):
         assert "no-such-model" in worker.ready["absent"]
     assert said[0] == "setting up torch tuned float32"
     assert said[1].startswith("torch tuned float32 is left out: ")
     assert worker.process.poll() is not None
+
+
+def test_an_engine_that_dies_in_a_round_is_told_of():
+    job = Job("flaxqa", "as a user calls it", "float32", "configs/quickstart/checkpoint",
+              "configs/quickstart/heldout.json", 3)  # fmt: skip
+    with throughput.workers([job], lambda text: None) as (worker,):
+        worker.round()
+        assert worker.absent is None
+        worker.process.kill()
+        worker.process.wait()
+        worker.round()
+        assert worker.absent == "the process ended"
 
 
 @pytest.mark.parametrize("way", ["shipped", "tuned"])
