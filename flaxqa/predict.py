@@ -222,11 +222,8 @@ class Predictor:
             batch_tokens = ROW_TOKENS.get(self.devices[0].platform, ROW_TOKENS_ELSEWHERE)
         most = max(batch_tokens, max_length)
         # An eighth of a power of two apart, so that the row of a small job is nearly full, too.
-        longer = (
-            size
-            for size in range(max_length, most)
-            if size % max(128, 1 << size.bit_length() - 4) == 0
-        )
+        sizes = {k * 128 << bits for bits in range(most.bit_length()) for k in range(1, 16)}
+        longer = (size for size in sizes if max_length < size < most)
         self.row_tokens = sorted({*self.lengths, *longer, most})
         self.pad_token_id = model.config.pad_token_id
         self.with_types = model.config.type_vocab_size > 0

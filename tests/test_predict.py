@@ -258,3 +258,11 @@ def test_few_windows_make_a_small_batch():
     for windows, tokens in ((1, 64), (2, 64), (3, 128), (5, 256), (9, 384), (10_000, 4_096)):
         first = predictor.plan([60] * windows)[0]
         assert first.shape == (tokens, tokens, (32, 64))
+
+
+def test_rows_of_small_jobs_are_an_eighth_of_a_power_of_two_apart():
+    predictor = Predictor(small_model(), max_length=64, devices=1, batch_tokens=4_096)
+    longer = [size for size in predictor.row_tokens if size >= 1_024]
+    assert longer == [*range(1_024, 2_048, 128), *range(2_048, 4_097, 256)]
+    vast = Predictor(small_model(), max_length=64, devices=1, batch_tokens=10**12)
+    assert len(vast.row_tokens) < 500  # and it was not counted up to
