@@ -42,7 +42,9 @@ types: .venv/.test
 	  { echo "$(PYTHON) is older than 3.11; make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/.run: .venv/bin/python requirements.lock pyproject.toml
+NATIVE := $(addprefix flaxqa/native/,build.py encoder.cc encoder.h ffi.cc)
+
+.venv/.run: .venv/bin/python requirements.lock pyproject.toml $(NATIVE)
 	$(PIP) --requirement requirements.lock
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -50,6 +50,10 @@ class EvalConfig:
     matmul_precision: Literal["float32", "tensorfloat32", "bfloat16", "default"] = "float32"
     """Of float32 products. JAX's own default is TF32 on NVIDIA and bfloat16 passes on TPU."""
 
+    kernels: Literal["auto", "native", "xla"] = "auto"
+    """What computes on a CPU: the C++ library that was compiled at installation, or XLA. auto is
+    the library where it can be used; which it was is in run.json."""
+
     parallel: Literal["jit", "pmap"] = "jit"
     """How rows are split over devices: jit over a mesh, or pmap. The answers are the same."""
 

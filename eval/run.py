@@ -85,6 +85,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
         doc_stride=config.doc_stride,
         windows=config.windows,
         matmul_precision=config.matmul_precision,
+        kernels=config.kernels,
     )
     checkpoint, predictor = loaded.checkpoint, loaded.predictor
     load_seconds = time.perf_counter() - loading
@@ -107,6 +108,8 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
             "backend": predictor.devices[0].platform,
             "device_kind": predictor.devices[0].device_kind,
             "devices": len(predictor.devices),
+            "kernels": predictor.kernels,
+            "instruction_set": predictor.instruction_set,
             "machine": platform.machine(),
             "system": platform.system(),
             "python": platform.python_version(),

@@ -15,13 +15,15 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import logging
 import os
 import platform
 import sys
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -29,19 +31,22 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flaxqa import inference
+from flaxqa import inference, native
 from flaxqa.errors import UsageError
 from flaxqa.features import Feature
 from flaxqa.inference import Ragged
 from flaxqa.model import QuestionAnsweringModel
 
 LENGTHS = (*range(32, 385, 32), 448, 512)  # that windows are padded to for their attention
-ROW_TOKENS = {"cpu": 4_096}  # larger rows leave the CPU's cache
+ROW_TOKENS_OF_A_CPU = 4_096  # larger rows leave its cache
+ROW_TOKENS_OF_A_CORE = 512  # four blocks of rows for each to compute, in float32
 ROW_TOKENS_ELSEWHERE = 16_384
 BATCHES_IN_FLIGHT = 3
+KERNELS = ("auto", "native", "xla")
 MATMUL_PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "default")
 
 Run = Callable[[Ragged], jax.Array]
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +93,10 @@ class Left:
         there = self.there if most is None else self.there & ((2 << most) - 1)
         return there.bit_length() - 1
 
+    def shortest(self) -> int:
+        """The tokens of the shortest window; -1 if there is none."""
+        return (self.there & -self.there).bit_length() - 1
+
     def take(self, length: int) -> int:
         """The first window of that length, which is then gone."""
         indices = self.by_length[length]
@@ -101,14 +110,16 @@ class Left:
 class MeshJit:
     """Rows split over a mesh with the single axis `data`, weights copied along it."""
 
-    def __init__(self, model: QuestionAnsweringModel, devices: Sequence[jax.Device]):
-        self.config = model.config
+    def __init__(
+        self, model: QuestionAnsweringModel, devices: Sequence[jax.Device], compute: ModuleType
+    ):
+        self.compute, self.config = compute, model.config
         self.mesh = mesh_of(devices)
-        self.weights = jax.device_put(inference.weights_of(model), NamedSharding(self.mesh, P()))
+        self.weights = jax.device_put(compute.weights_of(model), NamedSharding(self.mesh, P()))
 
     def compile(self, shape: Shape) -> Run:
         """A function of a row of each device to logits [devices, M, 2]."""
-        forward = functools.partial(inference.forward, config=self.config, lengths=shape.lengths)
+        forward = functools.partial(self.compute.forward, config=self.config, lengths=shape.lengths)
 
         def one_row(weights: inference.Weights, rows: Ragged) -> jax.Array:
             return forward(weights, jax.tree.map(lambda array: array[0], rows))[None]
@@ -130,18 +141,20 @@ class MeshJit:
 class Pmap:
     """Each device gets its own row, by `jax.pmap`."""
 
-    def __init__(self, model: QuestionAnsweringModel, devices: Sequence[jax.Device]):
-        self.config, self.devices = model.config, list(devices)
+    def __init__(
+        self, model: QuestionAnsweringModel, devices: Sequence[jax.Device], compute: ModuleType
+    ):
+        self.compute, self.config, self.devices = compute, model.config, list(devices)
         # One copy a device, made once: a broadcast argument would be copied with every batch.
         stacked = jax.tree.map(
             lambda array: np.broadcast_to(array, (len(devices), *array.shape)),
-            inference.weights_of(model),
+            compute.weights_of(model),
         )
         self.weights = jax.device_put(stacked, NamedSharding(mesh_of(devices), P("data")))
 
     def compile(self, shape: Shape) -> Run:
         """A function of a row of each device to logits [devices, M, 2]."""
-        forward = functools.partial(inference.forward, config=self.config, lengths=shape.lengths)
+        forward = functools.partial(self.compute.forward, config=self.config, lengths=shape.lengths)
         mapped = jax.pmap(forward, devices=self.devices)
         compiled = mapped.lower(self.weights, abstract(shape, len(self.devices))).compile()
         return functools.partial(compiled, self.weights)
@@ -168,6 +181,7 @@ class Predictor:
     """Windows in, logits out, in the order they came; over all chosen devices.
 
     Attributes:
+      kernels: "native" or "xla", what computes; see `__init__`.
       shapes: those compiled so far.
       compile_seconds: the time it took, or to read them from JAX's persistent cache.
       computed_tokens: of the chunks given so far, padding included.
@@ -182,6 +196,7 @@ class Predictor:
         parallel: str = "jit",
         devices: int | Sequence[jax.Device] | None = None,
         matmul_precision: str = "float32",
+        kernels: str = "auto",
     ):
         """Puts the weights on the devices; compiles nothing yet.
 
@@ -194,6 +209,9 @@ class Predictor:
           devices: how many of this process's devices to use, or which; None for all.
           matmul_precision: of float32 products. "float32" is what it says on every device, where
             JAX's own default is TF32 on NVIDIA and bfloat16 passes on TPU.
+          kernels: "native" for the C++ library of `flaxqa.native`, "xla" for what XLA makes of
+            `flaxqa.inference`; "auto" is native where it can be and is known to be faster: on CPUs,
+            in float32 and bfloat16. Logits differ in the last digits.
 
         Raises:
           UsageError: `max_length` is above the checkpoint's positions, or an option has no such
@@ -217,26 +235,32 @@ class Predictor:
         if self.on_cpu:
             keep_freed_memory()
         self.max_length, self.matmul_precision = max_length, matmul_precision
+        self.kernels = choose_kernels(kernels, model, self.on_cpu)
         self.lengths = [*(length for length in LENGTHS if length < max_length), max_length]
-        if batch_tokens is None:
-            batch_tokens = ROW_TOKENS.get(self.devices[0].platform, ROW_TOKENS_ELSEWHERE)
-        most = max(batch_tokens, max_length)
+        self.usual_tokens = row_tokens(self.on_cpu)
+        most = max(self.usual_tokens if batch_tokens is None else batch_tokens, max_length)
         # An eighth of a power of two apart, so that the row of a small job is nearly full, too.
         sizes = {k * 128 << bits for bits in range(most.bit_length()) for k in range(1, 16)}
         longer = (size for size in sizes if max_length < size < most)
         self.row_tokens = sorted({*self.lengths, *longer, most})
         self.pad_token_id = model.config.pad_token_id
         self.with_types = model.config.type_vocab_size > 0
-        self.strategy = STRATEGIES[parallel](model, self.devices)
+        compute = native if self.kernels == "native" else inference
+        self.strategy = STRATEGIES[parallel](model, self.devices, compute)
         self.compiled: dict[Shape, Run] = {}
         self.compile_seconds, self.computed_tokens = 0.0, 0
+
+    @property
+    def instruction_set(self) -> str | None:
+        """That of the native kernels; None for those of XLA."""
+        return native.library().instruction_sets[-1] if self.kernels == "native" else None
 
     @property
     def shapes(self) -> list[Shape]:
         return sorted(self.compiled)
 
-    def shape(self, longest: int, tokens: int) -> Shape:
-        """The shape of the next batch, for windows that have `tokens` in all.
+    def row_size(self, longest: int, tokens: int) -> int:
+        """How full each row of the next batch may get, for windows that have `tokens` in all.
 
         Raises:
           ValueError: `longest`, the tokens of their longest, is above `max_length`.
@@ -247,14 +271,24 @@ class Predictor:
         whole = len(self.devices) * self.row_tokens[-1]
         batches = -(-tokens // whole)
         each = max(-(-tokens // (batches * len(self.devices))), longest)
-        row = next((size for size in self.row_tokens if size >= each), self.row_tokens[-1])
+        if self.kernels == "native":
+            return each
+        return next((size for size in self.row_tokens if size >= each), self.row_tokens[-1])
+
+    def shape(self, longest: int, size: int) -> Shape:
+        """The shape of rows that hold `size` tokens in windows of at most `longest`."""
+        if self.kernels == "native":
+            # Costs what its tokens cost, so one program serves all but the largest rows.
+            usual = min(self.row_tokens[-1], self.usual_tokens)
+            row = next(most for most in self.row_tokens if most >= max(size, usual))
+            return Shape(row, row, ())
         if self.on_cpu:
             # One window at a time, so one program serves every mix of lengths.
-            lengths = tuple(length for length in self.lengths if length <= row)
-            return Shape(row, row, lengths)
+            lengths = tuple(length for length in self.lengths if length <= size)
+            return Shape(size, size, lengths)
         # All at once, so there is room for as many as are likely, each padded to the longest.
         longest = next(length for length in self.lengths if length >= longest)
-        return Shape(row, -(-3 * row // (2 * longest)), (longest,))
+        return Shape(size, -(-3 * size // (2 * longest)), (longest,))
 
     def plan(self, lengths: Sequence[int]) -> list[Batch]:
         """Every window in exactly one batch, the longest first.
@@ -264,17 +298,29 @@ class Predictor:
         """
         left, batches = Left(lengths), []
         while left.there:
-            shape = self.shape(left.longest(), left.tokens)
+            size = self.row_size(left.longest(), left.tokens)
+            shape = self.shape(left.longest(), size)
             rows = []
             for _ in self.devices:
                 row: list[int] = []
-                room = shape.tokens
-                while len(row) < shape.windows and (length := left.longest(room)) >= 0:
+                room = size
+                while room > 0 and len(row) < shape.windows and left.there:
+                    length = left.longest(room)
+                    if length < 0 and self.kernels == "native":
+                        length = left.shortest()  # a little more than its share, no padding
+                    if not 0 <= length <= room + shape.tokens - size:
+                        break
                     row.append(left.take(length))
                     room -= length
                 rows.append(row)
             batches.append(Batch(shape, rows))
         return batches
+
+    def tokens_of(self, batch: Batch, lengths: Sequence[int]) -> int:
+        """The tokens that are computed of a batch, padding included."""
+        if self.kernels == "native":
+            return sum(lengths[index] for row in batch.rows for index in row)
+        return batch.shape.tokens * len(batch.rows)
 
     def compile(self, shapes: Iterable[Shape]) -> None:
         """Compiles the shapes that are new, several at a time."""
@@ -343,10 +389,11 @@ class Predictor:
             return logits  # type: ignore[return-value]  # the plan has every window
 
         for features in chunks:
-            plan = self.plan([len(feature) for feature in features])
+            lengths = [len(feature) for feature in features]
+            plan = self.plan(lengths)
             self.compile(batch.shape for batch in plan)
             logits: list[Logits | None] = [None] * len(features)
-            tokens = sum(batch.shape.tokens for batch in plan) * len(self.devices)
+            tokens = sum(self.tokens_of(batch, lengths) for batch in plan)
             unfinished.append((logits, tokens))
             for batch in plan:
                 if len(in_flight) == BATCHES_IN_FLIGHT:
@@ -413,6 +460,35 @@ MALLOPT = {  # glibc's malloc.h: each option's number there, and its value
 }
 
 
+def row_tokens(on_cpu: bool) -> int:
+    """The tokens of a row that suit a device."""
+    if not on_cpu:
+        return ROW_TOKENS_ELSEWHERE
+    return max(ROW_TOKENS_OF_A_CPU, ROW_TOKENS_OF_A_CORE * (os.cpu_count() or 1))
+
+
+def choose_kernels(kernels: str, model: QuestionAnsweringModel, on_cpu: bool) -> str:
+    """What "auto" stands for.
+
+    Raises:
+      UsageError: there is no such choice, or the library is asked for and cannot compute this.
+    """
+    if kernels not in KERNELS:
+        raise UsageError(f"kernels {kernels!r} is not one of {KERNELS}")
+    if kernels == "xla" or (kernels == "auto" and not on_cpu):
+        return "xla"
+    problem = native.why_not(model.config, model.dtype) if on_cpu else "it is for CPUs"
+    if problem is None:
+        # XLA has products for AMX, the library has not.
+        amx = model.dtype == "bfloat16" and "amx_bf16" in processor_flags()
+        return "xla" if kernels == "auto" and amx else "native"
+    if kernels == "native":
+        raise UsageError(f"kernels 'native' cannot be used: {problem}")
+    if native.library().problem == problem:
+        log.warning("the compiled encoder cannot be used, so XLA computes, slower: %s", problem)
+    return "xla"
+
+
 def local_devices(number: int | Sequence[jax.Device] | None) -> list[jax.Device]:
     """The first `number` devices of this process, or all of them; devices as they are."""
     if isinstance(number, Sequence):
@@ -457,11 +533,19 @@ def use_compilation_cache() -> None:
 
 def processor() -> int:
     """A number that differs between processors whose instructions differ."""
-    description = [platform.machine(), platform.processor()]
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        description += sorted(processor_lines(file))
+    description = [platform.machine(), platform.processor(), *sorted(processor_lines())]
     return zlib.crc32("\n".join(description).encode())
 
 
-def processor_lines(lines: Iterator[str]) -> set[str]:
-    return {line.strip() for line in lines if line.startswith(("model name", "flags", "Features"))}
+def processor_flags() -> set[str]:
+    """The names of a processor's instructions, where the system tells them."""
+    return {name for line in processor_lines() for name in line.partition(":")[2].split()}
+
+
+@functools.cache
+def processor_lines() -> frozenset[str]:
+    """What /proc/cpuinfo says of name and instructions; empty where there is none."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        kinds = ("model name", "flags", "Features")
+        return frozenset(line.strip() for line in file if line.startswith(kinds))
+    return frozenset()

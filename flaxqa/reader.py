@@ -102,6 +102,7 @@ def load(
     doc_stride: int | None = None,
     windows: str = "overlap",
     matmul_precision: str = "float32",
+    kernels: str = "auto",
 ) -> Reader:
     """A reader of a DistilBERT or BERT question-answering checkpoint.
 
@@ -120,6 +121,7 @@ def load(
       doc_stride: tokens that neighbouring windows share; None for 128, or half a window if less.
       windows: "overlap" or "mlperf", how a long context is cut; see `flaxqa.features`.
       matmul_precision: of float32 products, see `flaxqa.predict.Predictor`.
+      kernels: "native", "xla" or "auto", what computes on CPUs; see `flaxqa.predict.Predictor`.
 
     Raises:
       ModelRejected: the checkpoint is damaged, unsafe, or not one that is computed.
@@ -139,6 +141,7 @@ def load(
         doc_stride=doc_stride,
         windows=windows,
         matmul_precision=matmul_precision,
+        kernels=kernels,
     )
 
 
@@ -177,7 +180,8 @@ class Reader:
         return (
             f"<Reader of {self.checkpoint.directory}: {config.model_type}, {config.n_layers} "
             f"layers, {config.dim} channels, {self.checkpoint.model.dtype}, on "
-            f"{len(self.predictor.devices)} {self.predictor.devices[0].platform} device(s)>"
+            f"{len(self.predictor.devices)} {self.predictor.devices[0].platform} device(s), "
+            f"{self.predictor.kernels} kernels>"
         )
 
     def answer(self, question: str, context: str, **options: Unpack[AnswerOptions]) -> Answers:

@@ -42,15 +42,18 @@ def texts(windows, logits):
 
 @pytest.fixture(scope="module")
 def answers_of_one_device(trained, windows):
-    return texts(windows, Predictor(trained.model, devices=1).predict(windows[1]))
+    return texts(windows, Predictor(trained.model, devices=1, kernels="xla").predict(windows[1]))
 
 
+@pytest.mark.parametrize("kernels", ["native", "xla"])
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_logits_and_answers_do_not_depend_on_devices_or_strategy(
-    trained, windows, expected, answers_of_one_device, parallel, devices
+def test_logits_and_answers_do_not_depend_on_devices_strategy_or_kernels(
+    trained, windows, expected, answers_of_one_device, parallel, devices, kernels
 ):
-    predictor = Predictor(trained.model, devices=devices, parallel=parallel, batch_tokens=512)
+    predictor = Predictor(
+        trained.model, devices=devices, parallel=parallel, batch_tokens=512, kernels=kernels
+    )
     logits = predictor.predict(windows[1])
     for got, wanted in zip(logits, expected, strict=True):
         np.testing.assert_allclose(got.start, wanted.start_logits[0], rtol=0, atol=1e-4)
@@ -85,12 +88,16 @@ def small_model():
 
 @pytest.mark.parametrize("n_devices", [1, 2, 8])
 @pytest.mark.parametrize("batch_tokens", [None, 1, 130])
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_a_plan_has_every_window_once_in_shapes_that_fit(n_devices, batch_tokens, on_cpu):
+@pytest.mark.parametrize("kind", ["native", "xla", "elsewhere"])
+def test_a_plan_has_every_window_once_in_shapes_that_fit(n_devices, batch_tokens, kind):
     predictor = Predictor(
-        small_model(), max_length=50, devices=n_devices, batch_tokens=batch_tokens
+        small_model(),
+        max_length=50,
+        devices=n_devices,
+        batch_tokens=batch_tokens,
+        kernels="native" if kind == "native" else "xla",
     )
-    predictor.on_cpu = on_cpu  # elsewhere a row has room for fewer windows
+    predictor.on_cpu = kind != "elsewhere"  # where a row has room for fewer windows
     lengths = np.random.default_rng(0).integers(3, 51, 333).tolist()
     plan = predictor.plan(lengths)
     rows = [row for batch in plan for row in batch.rows]
@@ -100,21 +107,27 @@ def test_a_plan_has_every_window_once_in_shapes_that_fit(n_devices, batch_tokens
         for row in batch.rows:
             assert sum(lengths[index] for index in row) <= batch.shape.tokens
             assert len(row) <= batch.shape.windows
-            assert max((lengths[index] for index in row), default=0) <= batch.shape.lengths[-1]
-        assert batch.shape.lengths[-1] <= batch.shape.tokens <= max(batch_tokens or 4096, 50)
+            if kind != "native":
+                longest = max((lengths[index] for index in row), default=0)
+                assert longest <= batch.shape.lengths[-1] <= batch.shape.tokens
+        assert batch.shape.tokens <= max(batch_tokens or 4096, 50)
 
 
+@pytest.mark.parametrize("kernels", ["native", "xla"])
 @pytest.mark.parametrize("n_devices", [1, 2, 4, 8])
-def test_devices_share_the_work_without_a_gap(n_devices):
+def test_devices_share_the_work_without_a_gap(n_devices, kernels):
     """As many tokens on each, but for one batch; padding stays what it is on one device."""
-    predictor = Predictor(big_windows_model(), devices=n_devices)
+    predictor = Predictor(big_windows_model(), devices=n_devices, kernels=kernels)
     # About the lengths of the windows of SQuAD's dev set.
     lengths = np.random.default_rng(0).gamma(7, 25, 1_024 * n_devices).astype(int).clip(20, 384)
     plan = predictor.plan(lengths.tolist())
     each = [sum(lengths[batch.rows[device]].sum() for batch in plan) for device in range(n_devices)]
     assert max(each) - min(each) <= max(batch.shape.tokens for batch in plan)
-    computed = sum(batch.shape.tokens for batch in plan) * n_devices
+    computed = sum(predictor.tokens_of(batch, lengths.tolist()) for batch in plan)
     assert lengths.sum() <= computed < 1.02 * lengths.sum()
+    if kernels == "native":
+        assert computed == lengths.sum()
+        assert len({batch.shape for batch in plan}) == 1
 
 
 def big_windows_model():
@@ -129,7 +142,7 @@ def window(example, tokens):
 
 
 def test_rows_hold_whole_windows_one_after_the_other():
-    predictor = Predictor(small_model(), max_length=64, devices=2, batch_tokens=64)
+    predictor = Predictor(small_model(), max_length=64, devices=2, batch_tokens=64, kernels="xla")
     windows = [window(i, tokens) for i, tokens in enumerate([40, 20, 33, 9, 5])]
     (first,) = predictor.plan([len(one) for one in windows])
     assert first.rows == [[0, 1], [2, 3, 4]]
@@ -144,7 +157,7 @@ def test_rows_hold_whole_windows_one_after_the_other():
 
 
 def test_every_window_comes_back_with_its_own_tokens():
-    predictor = Predictor(small_model(), max_length=64, devices=4, batch_tokens=64)
+    predictor = Predictor(small_model(), max_length=64, devices=4, batch_tokens=64, kernels="xla")
     windows = [window(i, 5 + i) for i in range(9)]
     seen = []
     logits = predictor.predict(windows, seen.append)
@@ -196,6 +209,7 @@ def test_shapes_are_compiled_once_and_before_the_first_batch():
         ({"devices": 0}, "devices 0"),
         ({"batch_tokens": 0}, "batch_tokens 0"),
         ({"matmul_precision": "int4"}, "matmul_precision 'int4'"),
+        ({"kernels": "cuda"}, "kernels 'cuda' is not one of"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):
@@ -254,14 +268,35 @@ def test_bert_gets_the_segments_its_tokenizer_gives(bert_folder, parallel, devic
 
 
 def test_few_windows_make_a_small_batch():
-    predictor = Predictor(small_model(), max_length=64, devices=2)
+    predictor = Predictor(small_model(), max_length=64, devices=2, kernels="xla")
     for windows, tokens in ((1, 64), (2, 64), (3, 128), (5, 256), (9, 384), (10_000, 4_096)):
         first = predictor.plan([60] * windows)[0]
         assert first.shape == (tokens, tokens, (32, 64))
 
 
+def test_native_kernels_have_one_program_for_all_but_the_largest_rows():
+    predictor = Predictor(small_model(), max_length=64, devices=2, kernels="native")
+    usual = predictor.usual_tokens
+    for windows in (1, 2, 5, 60, 10_000):
+        plan = predictor.plan([60] * windows)
+        assert {batch.shape for batch in plan} == {(usual, usual, ())}
+        # Split over the devices all the same.
+        for batch in plan:
+            sizes = [len(row) for row in batch.rows]
+            assert max(sizes) - min(sizes) <= 1
+    small = Predictor(small_model(), max_length=64, devices=1, batch_tokens=100, kernels="native")
+    assert small.plan([60] * 9)[0].shape == (100, 100, ())
+    large = Predictor(
+        small_model(), max_length=64, devices=1, batch_tokens=10**12, kernels="native"
+    )
+    assert large.plan([60] * 9)[0].shape.tokens == usual
+    assert usual < large.plan([60] * 1_000)[0].shape.tokens <= 1.125 * 60_000
+
+
 def test_rows_of_small_jobs_are_an_eighth_of_a_power_of_two_apart():
-    predictor = Predictor(small_model(), max_length=64, devices=1, batch_tokens=4_096)
+    predictor = Predictor(
+        small_model(), max_length=64, devices=1, batch_tokens=4_096, kernels="xla"
+    )
     longer = [size for size in predictor.row_tokens if size >= 1_024]
     assert longer == [*range(1_024, 2_048, 128), *range(2_048, 4_097, 256)]
     vast = Predictor(small_model(), max_length=64, devices=1, batch_tokens=10**12)
