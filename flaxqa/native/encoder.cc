@@ -72,12 +72,6 @@ FLAXQA_INLINE Vector all(float x) {
   return (Vector)(Bits{} + bits);
 }
 
-[[maybe_unused]] FLAXQA_INLINE float as_float(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 FLAXQA_INLINE Vector widened(const float* from) { return load<Vector>(from); }
 
 FLAXQA_INLINE Vector widened(const bfloat16* from) {
@@ -193,57 +187,79 @@ thread_local Scratch scratch;
 template <class T>
 constexpr i64 kDepth = sizeof(T) == 4 ? 1 : 2;
 
-// tile [R, kPanel] = a [R, K] times a panel of b [K, kPanel].
-template <int R>
-FLAXQA_INLINE void multiply(const float* a, i64 stride, const float* b, i64 depth, float* tile) {
-  Vector sums[R][kVectors] = {};
-  for (i64 k = 0; k < depth; k++, b += kPanel) {
-    Vector columns[kVectors];
+// Adds the products of R numbers and the columns: the fewer of the two stay in registers.
+template <int R, class Rows, class Columns>
+FLAXQA_INLINE void add_products(Vector (&sums)[R][kVectors], const Rows& row,
+                                const Columns& column) {
+  if constexpr (kRows < kVectors) {
+    Vector x[R];
+    FLAXQA_UNROLL
+    for (int i = 0; i < R; i++) x[i] = row(i);
     FLAXQA_UNROLL
     for (int j = 0; j < kVectors; j++) {
-      columns[j] = load<Vector>(b + j * kLanes);
-      __builtin_prefetch(b + kAhead * kPanel + j * kLanes);
+      Vector y = column(j);
+      FLAXQA_UNROLL
+      for (int i = 0; i < R; i++) sums[i][j] += x[i] * y;
     }
+  } else {
+    Vector y[kVectors];
+    FLAXQA_UNROLL
+    for (int j = 0; j < kVectors; j++) y[j] = column(j);
     FLAXQA_UNROLL
     for (int i = 0; i < R; i++) {
-      Vector x = all(a[i * stride + k]);
+      Vector x = row(i);
       FLAXQA_UNROLL
-      for (int j = 0; j < kVectors; j++) sums[i][j] += x * columns[j];
+      for (int j = 0; j < kVectors; j++) sums[i][j] += x * y[j];
     }
-  }
-  FLAXQA_UNROLL
-  for (int i = 0; i < R; i++) {
-    FLAXQA_UNROLL
-    for (int j = 0; j < kVectors; j++) store(tile + i * kPanel + j * kLanes, sums[i][j]);
   }
 }
 
 template <int R>
-FLAXQA_INLINE void multiply(const bfloat16* a, i64 stride, const bfloat16* b, i64 depth,
-                            float* tile) {
-  Vector sums[R][kVectors] = {};
-  for (i64 k = 0; k < depth; k += 2, b += 2 * kPanel) {
-    Bits pairs[kVectors];
-    FLAXQA_UNROLL
-    for (int j = 0; j < kVectors; j++) {
-      pairs[j] = load<Bits>(b + 2 * j * kLanes);
-      __builtin_prefetch(b + 2 * (kAhead * kPanel + j * kLanes));
-    }
-    FLAXQA_UNROLL
-    for (int i = 0; i < R; i++) {
-      uint32_t pair;
-      memcpy(&pair, a + i * stride + k, sizeof pair);
-      FLAXQA_UNROLL
-      for (int j = 0; j < kVectors; j++) {
+FLAXQA_INLINE void add_products(Vector (&sums)[R][kVectors], const float* a, i64 stride,
+                                const float* b) {
+  add_products(sums, [&](int i) { return all(a[i * stride]); },
+               [&](int j) { return load<Vector>(b + j * kLanes); });
+}
+
+// Of pairs: two rows of b.
+template <int R>
+FLAXQA_INLINE void add_products(Vector (&sums)[R][kVectors], const bfloat16* a, i64 stride,
+                                const bfloat16* b) {
+  auto pair = [&](int i) {
+    uint32_t bits;
+    memcpy(&bits, a + i * stride, sizeof bits);
+    return bits;
+  };
+  auto pairs = [&](int j) { return load<Bits>(b + 2 * j * kLanes); };
 #if defined(__AVX512BF16__)
-        sums[i][j] = (Vector)_mm512_dpbf16_ps((__m512)sums[i][j], (__m512bh)(Bits{} + pair),
-                                              (__m512bh)pairs[j]);
+  Bits y[kVectors];
+  FLAXQA_UNROLL
+  for (int j = 0; j < kVectors; j++) y[j] = pairs(j);
+  FLAXQA_UNROLL
+  for (int i = 0; i < R; i++) {
+    Bits x = Bits{} + pair(i);
+    FLAXQA_UNROLL
+    for (int j = 0; j < kVectors; j++)
+      sums[i][j] = (Vector)_mm512_dpbf16_ps((__m512)sums[i][j], (__m512bh)x, (__m512bh)y[j]);
+  }
 #else
-        sums[i][j] += all(as_float(pair << 16)) * (Vector)(pairs[j] << 16);
-        sums[i][j] += all(as_float(pair & 0xffff0000u)) * (Vector)(pairs[j] & 0xffff0000u);
+  add_products(sums, [&](int i) { return (Vector)(Bits{} + (pair(i) << 16)); },
+               [&](int j) { return (Vector)(pairs(j) << 16); });
+  add_products(sums, [&](int i) { return (Vector)(Bits{} + (pair(i) & 0xffff0000u)); },
+               [&](int j) { return (Vector)(pairs(j) & 0xffff0000u); });
 #endif
-      }
-    }
+}
+
+// tile [R, kPanel] = a [R, K] times a panel of b [K, kPanel].
+template <int R, class T>
+FLAXQA_INLINE void multiply(const T* a, i64 stride, const T* b, i64 depth, float* tile) {
+  constexpr i64 step = kDepth<T>;
+  Vector sums[R][kVectors] = {};
+  for (i64 k = 0; k < depth; k += step, b += step * kPanel) {
+    FLAXQA_UNROLL
+    for (int j = 0; j < kVectors; j++)
+      __builtin_prefetch(b + step * (kAhead * kPanel + j * kLanes));
+    add_products(sums, a + k, stride, b);
   }
   FLAXQA_UNROLL
   for (int i = 0; i < R; i++) {
