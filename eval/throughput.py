@@ -8,7 +8,10 @@ distance of the best engine from what the machine can do is a number.
 
 Two ways of running each: `shipped`, as its documentation does it: windows in the order they come,
 8 at a time, padded to 384; `tuned`: windows sorted by length, batches padded to their longest.
-Windows and decoder are flaxqa's for all. flaxqa is timed with its reader as a user calls it.
+Windows and decoder are flaxqa's for all. flaxqa is timed with its reader as a user calls it, and
+once more with nothing in the devices' place, which leaves the host's work.
+
+`--steps` measures flaxqa alone, from the model as it is to all that makes it fast, step by step.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -29,14 +33,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval import squad
-from flaxqa import answers, features, files
+from flaxqa import answers, features, files, predict
 from flaxqa.errors import UsageError
 from flaxqa.features import Example, Feature
 from flaxqa.predict import Logits
@@ -54,12 +58,14 @@ class Job:
     """What a worker does.
 
     Attributes:
-      engine: a key of ENGINES, or "products".
+      engine: a key of ENGINES or OURS, or "products" or "host".
       way: "shipped" or "tuned".
       dtype: of weights and operands.
       model: directory of the checkpoint.
       data: a SQuAD file.
       questions: how many of it, drawn with a fixed seed.
+      step: what flaxqa gained with it, with `--steps`.
+      environment: variables of its process.
     """
 
     engine: str
@@ -68,6 +74,8 @@ class Job:
     model: str
     data: str
     questions: int
+    step: str | None = None
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -170,13 +178,44 @@ class OpenVino(Engine):
         return start, end
 
 
+class FlaxqaModel(Engine):
+    """flaxqa's own model as transformers' are called, without its predictor."""
+
+    def __init__(self, job: Job):
+        from flaxqa import checkpoint, predict
+
+        predict.use_compilation_cache()
+        self.model = checkpoint.load(job.model, dtype=job.dtype).model
+
+    def logits(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        output = self.model(ids.astype(np.int32), mask.astype(np.int32))
+        return np.asarray(output.start_logits), np.asarray(output.end_logits)
+
+
 ENGINES: dict[str, type[Engine]] = {
     "torch": Torch,
     "torch.compile": TorchCompile,
     "onnxruntime": OnnxRuntime,
     "openvino": OpenVino,
+    "flaxqa-model": FlaxqaModel,
 }
-OURS = {"flaxqa": "jit", "flaxqa-pmap": "pmap"}
+OURS: dict[str, dict[str, Any]] = {  # the options of each
+    "flaxqa": {},
+    "flaxqa-pmap": {"parallel": "pmap"},
+    "flaxqa-xla": {"kernels": "xla"},
+}
+DEFAULT_ENGINES = ("flaxqa", "flaxqa-pmap", "torch", "torch.compile", "onnxruntime", "openvino")
+AS_USED = "as a user calls it"
+STEPS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
+    ("the model, 8 windows at a time, padded to 384", "flaxqa-model", "shipped", "float32", {}),
+    ("windows sorted by length", "flaxqa-model", "tuned", "float32", {}),
+    # Any MALLOC_ variable makes the predictor leave the allocator as it is.
+    ("ragged rows, stacked and fused weights", "flaxqa-xla", AS_USED, "float32",
+     {"MALLOC_ARENA_TEST": "8"}),
+    ("freed memory kept", "flaxqa-xla", AS_USED, "float32", {}),
+    ("native kernels", "flaxqa", AS_USED, "float32", {}),
+    ("bfloat16", "flaxqa", AS_USED, "bfloat16", {}),
+)  # fmt: skip
 
 
 def torch_model(job: Job) -> Any:
@@ -265,7 +304,7 @@ def prepare(job: Job) -> Callable[[], list[str]]:
     if job.engine in OURS:
         from flaxqa import reader
 
-        loaded = reader.load(job.model, dtype=job.dtype, parallel=OURS[job.engine])
+        loaded = reader.load(job.model, dtype=job.dtype, **OURS[job.engine])
         records = [(example.question, example.context) for example in examples]
         return lambda: [found[0].text if found else "" for found in loaded.answers(records)]
 
@@ -345,6 +384,26 @@ def useful_flops(job: Job) -> dict[str, int]:
     return {"windows": len(lengths), "tokens": int(lengths.sum()), "useful_flops": flops}
 
 
+def prepare_host(job: Job) -> Callable[[], int]:
+    """The reader with nothing in the devices' place; the function returns how many it answered."""
+    from flaxqa import reader
+
+    loaded = reader.load(job.model)
+    predictor, rng = loaded.predictor, np.random.default_rng(0)
+
+    def given(logits: np.ndarray) -> Any:
+        return lambda rows: logits
+
+    def compile_nothing(shapes: Iterable[predict.Shape]) -> None:
+        for shape in set(shapes) - predictor.compiled.keys():
+            size = (len(predictor.devices), shape.tokens, 2)
+            predictor.compiled[shape] = given(rng.normal(size=size).astype(np.float32))
+
+    predictor.compile = compile_nothing  # type: ignore[method-assign]
+    records = [(example.question, example.context) for example in questions_of(job)]
+    return lambda: sum(len(found) for found in loaded.answers(records))
+
+
 def work(job: Job) -> None:
     """A worker: one line when it is ready, then one for each line it is sent."""
     out = os.fdopen(os.dup(1), "w")
@@ -362,7 +421,7 @@ def work(job: Job) -> None:
             for _ in sys.stdin:
                 tell(rate=rate(job.dtype))
             return
-        run = prepare(job)
+        run = prepare_host(job) if job.engine == "host" else prepare(job)
         first = run()
         tell(setup_seconds=time.perf_counter() - began, answers=first)
         for _ in sys.stdin:
@@ -386,6 +445,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            env={**os.environ, **job.environment},
         )
         self.ready = self.read()
         self.rounds: list[dict[str, Any]] = []
@@ -454,10 +514,13 @@ def base_checkpoint(like: str, directory: Path) -> None:
 
 def jobs_of(args: argparse.Namespace, model: str) -> list[Job]:
     common = {"model": model, "data": args.data, "questions": args.questions}
+    if args.steps:
+        return [Job(engine, way, dtype, **common, step=step, environment=environment)
+                for step, engine, way, dtype, environment in STEPS]  # fmt: skip
     jobs = []
     for name in args.engines:
         if name in OURS:
-            jobs.append(Job(name, "as a user calls it", args.dtype, **common))
+            jobs.append(Job(name, AS_USED, args.dtype, **common))
         elif name in ENGINES:
             dtypes = [d for d in ENGINES[name].dtypes if d == args.dtype]
             if name == "onnxruntime" and args.dtype == "bfloat16":
@@ -477,12 +540,11 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
             model = folder
             base_checkpoint(args.model, Path(folder))
         jobs = jobs_of(args, model)
-        ceilings = [
-            Job("products", by, args.dtype, model, args.data, args.questions)
-            for by in ("jax", "torch")
-        ]
+        common = (args.dtype, model, args.data, args.questions)
+        others = [Job("products", "jax", *common), Job("products", "torch", *common)]
+        others.append(Job("host", AS_USED, *common))
         counts = useful_flops(jobs[0])
-        with workers([*jobs, *ceilings], say) as started:
+        with workers([*jobs, *others], say) as started:
             for number in range(args.rounds):
                 for worker in (one for one in started if one.absent is None):
                     worker.round()
@@ -502,16 +564,18 @@ def report(
         if worker.job.engine == "products" and worker.absent is None
     ]
     ceiling = max(rates, default=float("nan"))
-    ours = next(
-        (worker for worker in started if worker.job.engine in OURS and not worker.absent), None
-    )
+    by_name = {worker.job.name: worker for worker in started if not worker.absent}
+    ours = by_name.get(f"flaxqa {AS_USED} {args.dtype}")
+    host = by_name.get(f"host {AS_USED} {args.dtype}")
     rows = []
     for worker in started:
-        if worker.job.engine == "products":
+        if worker.job.engine in ("products", "host"):
             continue
         row: dict[str, Any] = {
             "engine": worker.job.engine, "way": worker.job.way, "dtype": worker.job.dtype,
         }  # fmt: skip
+        if worker.job.step is not None:
+            row["step"] = worker.job.step
         if reason := worker.absent:
             rows.append(row | {"absent": reason})
             continue
@@ -534,6 +598,11 @@ def report(
             theirs, mine = worker.ready["answers"], ours.ready["answers"]
             row["same_answers_as_flaxqa"] = sum(map(str.__eq__, theirs, mine)) / len(mine)
         rows.append(row)
+    host_seconds, our_seconds = (
+        statistics.median(one["seconds"] for one in worker.rounds) if worker else float("nan")
+        for worker in (host, ours)
+    )
+    host_share = host_seconds / our_seconds
     return {
         "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -545,6 +614,8 @@ def report(
         **counts,
         "rounds": args.rounds,
         "products_gflops_per_second": ceiling / 1e9,
+        "host_seconds": None if math.isnan(host_seconds) else host_seconds,
+        "host_share": None if math.isnan(host_share) else host_share,
         "machine": machine(),
         "versions": versions(),
         "engines": rows,
@@ -588,13 +659,21 @@ def table(report: dict[str, Any]) -> str:
         f"{report['tokens']:,} tokens; {report['size']} size, {report['dtype']}; medians of "
         f"{report['rounds']} rounds; matrix products alone "
         f"{report['products_gflops_per_second']:,.0f} GFLOP/s.",
+    ]
+    if report["host_share"] is not None:
+        lines.append(
+            f"The host's work alone: {report['questions'] / report['host_seconds']:,.0f} "
+            "questions/s, "
+            f"{report['host_share']:.1%} of flaxqa's time."
+        )
+    lines += [
         "",
         "| engine | how | dtype | questions/s | useful GFLOP/s | of the products' rate "
         "| flaxqa is faster by | set-up s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in report["engines"]:
-        names = f"| {row['engine']} | {row['way']} | {row['dtype']} "
+        names = f"| {row['engine']} | {row.get('step', row['way'])} | {row['dtype']} "
         if "absent" in row:
             lines.append(f"{names}| left out: {row['absent'].splitlines()[0]} | | | | |")
             continue
@@ -605,6 +684,41 @@ def table(report: dict[str, Any]) -> str:
             f"| {'' if faster is None else f'{faster:.2f} x'} | {row['setup_seconds']:.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def waterfall(report: dict[str, Any], path: Path) -> None:
+    """Draws what each step took off the time of the one before, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    matplotlib.rcParams["svg.hashsalt"] = "flaxqa"  # the same numbers make the same file
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in report["engines"] if "step" in row and "absent" not in row]
+    figure, axes = plt.subplots(figsize=(8.5, 0.55 * len(rows) + 1.3), layout="constrained")
+    before = None
+    for place, row in enumerate(rows):
+        seconds = row["median_seconds"]
+        axes.barh(place, seconds, color="#1f6feb", height=0.62)
+        if before is not None and before > seconds:
+            axes.barh(place, before - seconds, left=seconds, color="#d0d7de", height=0.62)
+        gain = "" if before is None else f"   {before / seconds:.2f} x"
+        label = f"{seconds:,.1f} s, {row['questions_per_second']:,.1f} questions/s{gain}"
+        right = max(seconds, before or 0.0)
+        axes.text(right + 0.01 * rows[0]["median_seconds"], place, label, va="center", fontsize=9)
+        before = seconds
+    axes.set_yticks(range(len(rows)), [row["step"] for row in rows], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.45 * max(row["median_seconds"] for row in rows))
+    axes.set_xlabel(
+        f"seconds for {report['questions']:,} questions, {report['size']} size, "
+        f"{report['machine']['processor']}, {report['machine']['cpus']} CPUs",
+        fontsize=9,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -623,13 +737,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=5, help="interleaved runs of each engine")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all")
     made.add_argument(
-        "--engines", nargs="+", default=["flaxqa", *ENGINES], metavar="NAME",
+        "--engines", nargs="+", default=list(DEFAULT_ENGINES), metavar="NAME",
         help=f"of {', '.join([*OURS, *ENGINES])}",
     )  # fmt: skip
     made.add_argument(
         "--ways", nargs="+", choices=("shipped", "tuned"), default=["shipped", "tuned"],
         help="how the others are run",
     )  # fmt: skip
+    made.add_argument(
+        "--steps", action="store_true",
+        help="measure flaxqa alone, step by step from its model to all that makes it fast",
+    )  # fmt: skip
+    made.add_argument("--plot", help="file for a picture of the steps, SVG; with --steps")
     made.add_argument("--output", help="file for everything measured, JSON")
     made.add_argument("--worker", help=argparse.SUPPRESS)
     return made
@@ -637,6 +756,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = parser().parse_args()
+    if args.plot and not args.steps:
+        print("throughput: --plot is a picture of --steps", file=sys.stderr)
+        return 2
     if args.worker:
         work(Job(**json.loads(args.worker)))
         return 0
@@ -649,6 +771,8 @@ def main() -> int:
     except (UsageError, ValueError, OSError) as error:
         print(f"throughput: {error}", file=sys.stderr)
         return 2
+    if args.plot:
+        waterfall(found, Path(args.plot))
     if args.output:
         files.write_whole(Path(args.output), json.dumps(found, indent=1).encode() + b"\n")
     print(table(found), end="")

@@ -45,7 +45,9 @@ def test_every_engine_gives_the_same_answers_in_every_round(measured):
 
 
 def test_the_table_names_every_engine(measured):
-    rows = throughput.table(measured).splitlines()[2:]
+    first, host, _, *rows = throughput.table(measured).splitlines()
+    assert "6 questions" in first
+    assert "The host's work alone: " in host
     assert len(rows) == 2 + 3
     assert all(row.count("|") == 9 for row in rows)
     measured["engines"].append(
@@ -53,6 +55,37 @@ def test_the_table_names_every_engine(measured):
     )
     assert "left out: none is not installed" in throughput.table(measured)
     measured["engines"].pop()
+
+
+def test_the_hosts_work_is_measured_with_nothing_in_the_devices_place(measured):
+    mine = measured["engines"][0]
+    assert 0 < measured["host_seconds"] < mine["median_seconds"]
+    share = measured["host_seconds"] / mine["median_seconds"]
+    assert measured["host_share"] == pytest.approx(share)
+
+
+def test_the_steps_are_drawn_with_what_each_took_off(tmp_path):
+    report = {"questions": 10, "size": "base", "machine": {"processor": "Z80", "cpus": 1}}
+    report["engines"] = [
+        {"step": name, "median_seconds": seconds, "questions_per_second": 10 / seconds}
+        for name, seconds in (("as it is", 8.0), ("better", 5.0), ("best", 2.0))
+    ] + [{"step": "missing", "absent": "why"}, {"engine": "torch", "median_seconds": 1.0}]
+    path = tmp_path / "steps.svg"
+    throughput.waterfall(report, path)
+    drawing = path.read_text()
+    for text in ("as it is", "better", "5.0 s, 2.0 questions/s   1.60 x", "2.50 x", "Z80, 1 CPUs"):
+        assert text in drawing
+    assert "missing" not in drawing
+    throughput.waterfall(report, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == drawing
+
+
+def test_every_step_runs_and_gives_the_same_answers(monkeypatch):
+    arguments = ["--steps", "--size", "model", "--questions", "3", "--rounds", "1"]
+    report = throughput.measure(throughput.parser().parse_args(arguments), lambda text: None)
+    steps = [row["step"] for row in report["engines"]]
+    assert steps == [step for step, *_ in throughput.STEPS]
+    assert [row["same_answers_as_flaxqa"] for row in report["engines"]] == [1.0] * len(steps)
 
 
 def test_an_engine_that_cannot_be_set_up_is_told_of():
