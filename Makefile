@@ -27,6 +27,7 @@ test: .venv/.test
 bench: .venv/.bench
 	$(BIN)/python -m eval.throughput --dtype float32 --output runs/bench-float32.json
 	$(BIN)/python -m eval.throughput --dtype bfloat16 --output runs/bench-bfloat16.json
+	$(BIN)/python -m eval.throughput --steps --output runs/bench-steps.json --plot runs/bench-steps.svg
 
 check: lint types
 

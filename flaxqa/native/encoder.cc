@@ -251,11 +251,16 @@ FLAXQA_INLINE void add_products(Vector (&sums)[R][kVectors], const bfloat16* a, 
 }
 
 // tile [R, kPanel] = a [R, K] times a panel of b [K, kPanel].
-template <int R, class T>
-FLAXQA_INLINE void multiply(const T* a, i64 stride, const T* b, i64 depth, float* tile) {
+//
+// What `ahead` points at, the next panel, is fetched into the second-level cache meanwhile, `pace`
+// bytes for each step; the tiles of a panel share it between them.
+template <class T, int R>
+__attribute__((noinline)) void multiply(const T* a, i64 stride, const T* b, i64 depth,
+                                        float* tile, const char* ahead, i64 pace) {
   constexpr i64 step = kDepth<T>;
   Vector sums[R][kVectors] = {};
-  for (i64 k = 0; k < depth; k += step, b += step * kPanel) {
+  for (i64 k = 0; k < depth; k += step, b += step * kPanel, ahead += pace) {
+    __builtin_prefetch(ahead, 0, 2);
     FLAXQA_UNROLL
     for (int j = 0; j < kVectors; j++)
       __builtin_prefetch(b + step * (kAhead * kPanel + j * kLanes));
@@ -268,19 +273,13 @@ FLAXQA_INLINE void multiply(const T* a, i64 stride, const T* b, i64 depth, float
   }
 }
 
-template <class T, int R>
-__attribute__((noinline)) void multiply_rows(const T* a, i64 stride, const T* b, i64 depth,
-                                             float* tile) {
-  multiply<R>(a, stride, b, depth, tile);
-}
-
 template <class T, int R = kRows>
 FLAXQA_INLINE void multiply_tile(i64 rows, const T* a, i64 stride, const T* b, i64 depth,
-                                 float* tile) {
+                                 float* tile, const char* ahead, i64 pace) {
   if (rows == R) {
-    multiply_rows<T, R>(a, stride, b, depth, tile);
+    multiply<T, R>(a, stride, b, depth, tile, ahead, pace);
   } else if constexpr (R > 1) {
-    multiply_tile<T, R - 1>(rows, a, stride, b, depth, tile);
+    multiply_tile<T, R - 1>(rows, a, stride, b, depth, tile, ahead, pace);
   }
 }
 
@@ -292,10 +291,12 @@ FLAXQA_INLINE void product(const T* a, i64 stride, i64 rows, i64 depth, const T*
                            i64 columns, const Take& take) {
   alignas(64) float tile[kRows * kPanel];
   i64 tiles = (rows + kRows - 1) / kRows;
+  i64 pace = 4 * kPanel / tiles;
   for (i64 column = 0; column < columns; column += kPanel, b += panel) {
     for (i64 t = 0; t < tiles; t++) {  // of nearly one size, as small ones are slow
       i64 begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-      multiply_tile<T>(end - begin, a + begin * stride, stride, b, depth, tile);
+      const char* ahead = reinterpret_cast<const char*>(b + panel) + t * depth / kDepth<T> * pace;
+      multiply_tile<T>(end - begin, a + begin * stride, stride, b, depth, tile, ahead, pace);
       for (i64 i = begin; i < end; i++)
         for (i64 j = 0; j < kPanel; j += kLanes)
           take(i, column + j, load<Vector>(tile + (i - begin) * kPanel + j));
