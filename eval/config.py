@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
-import types
-import typing
-from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from flaxqa.errors import UsageError, all_problems
-
-PATHS = ("model", "data", "output")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """One evaluation of a checkpoint on a SQuAD v1.1 or 2.0 data set."""
+
+    PATHS: ClassVar[tuple[str, ...]] = ("model", "data", "output")
 
     model: str
     """Checkpoint: a directory, or a hub id (distilbert/distilbert-base-uncased-distilled-squad)."""
@@ -100,50 +96,3 @@ class EvalConfig:
         ]
         if problems:
             raise UsageError(all_problems("the config cannot be used", problems))
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """The fields of an EvalConfig that a TOML file sets, checked one by one.
-
-    A `model`, `data` or `output` that begins with `./` or `../` is relative to the file; any other
-    is taken as on the command line.
-
-    Raises:
-      UsageError: the file cannot be read, or has an unknown field or a value of another type.
-    """
-    path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}") from error
-    known = typing.get_type_hints(EvalConfig)
-    problems = []
-    for name, value in values.items():
-        if name not in known:
-            problems.append(f"{name} is no field; those are {', '.join(known)}")
-        elif not fits(value, known[name]):
-            problems.append(f"{name} is {value!r}, it must be {describe(known[name])}")
-        elif name in PATHS and value.startswith(("./", "../")):
-            values[name] = str((path.parent / value).resolve())
-    if problems:
-        raise UsageError(all_problems(str(path), problems))
-    return values
-
-
-def fits(value: Any, kind: Any) -> bool:
-    if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        return any(fits(value, option) for option in typing.get_args(kind))
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def describe(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
-    if isinstance(kind, types.UnionType):
-        options = [option for option in typing.get_args(kind) if option is not types.NoneType]
-        return describe(options[0])
-    return {str: "a string", int: "an integer", float: "a number"}[kind]

@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from eval import squad
 from eval.config import EvalConfig
@@ -33,30 +33,10 @@ from flaxqa import answers, files, reader
 from flaxqa.answers import Answer, Answers
 from flaxqa.errors import DataError, TryAgain
 from flaxqa.features import default_question_limit
+from flaxqa.progress import Progress, Silence
 from flaxqa.reader import Reader, Spent
 
 PACKAGES = ("flaxqa", "jax", "jaxlib", "flax", "numpy", "tokenizers", "safetensors")
-
-
-class Progress(Protocol):
-    """What `evaluate` tells while it works; `flaxqa.progress` shows it on a terminal."""
-
-    def stage(self, description: str) -> None: ...
-    def begin(self, questions: int) -> None: ...
-    def advance(self, questions: int, windows: int) -> None: ...
-
-
-class Silence:
-    """Shows nothing."""
-
-    def stage(self, description: str) -> None:
-        pass
-
-    def begin(self, questions: int) -> None:
-        pass
-
-    def advance(self, questions: int, windows: int) -> None:
-        pass
 
 
 def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -124,8 +104,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
     }
     with Partial(output / ".partial.jsonl", run_key(run)) as partial:
         rows, spent, resumed = partial.rows, partial.spent, len(partial.rows)
-        progress.begin(len(questions))
-        progress.advance(resumed, spent.windows)
+        progress.begin(len(questions), resumed)
         left = questions[resumed:]  # which begins where a chunk does
         for found, took in answers_of(left, loaded, config, progress):
             partial.append(found, took)

@@ -1,8 +1,9 @@
-"""The command `flaxqa`: ask, eval, score. Results go to stdout, everything else to stderr.
+"""The command `flaxqa`: ask, predict, eval, score. Results go to stdout, everything else to stderr.
 
 Exit codes: 0 done; 1 an unexpected error; 2 an option, config or data file that cannot be used;
-3 done, with questions set aside; 4 a checkpoint that was refused; 5 below the score asked for;
-75 a place that cannot be written or reached now; 130 and 143 stopped by SIGINT and SIGTERM.
+3 done, with questions or records set aside; 4 a checkpoint that was refused; 5 below the score
+asked for; 75 a place that cannot be written or reached now; 130 and 143 stopped by SIGINT and
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from eval.config import PATHS, EvalConfig, read_toml
+from eval.config import EvalConfig
+from flaxqa.config import PredictConfig, read_toml
 from flaxqa.errors import DataError, FlaxqaError, GateNotMet, UsageError
 
 if TYPE_CHECKING:
     from flaxqa.answers import Answer
+    from flaxqa.batch import Estimate, Summary
 
 SET_ASIDE = 3
 SHOWN = 20  # of many warnings of one kind
@@ -32,13 +35,13 @@ HELP = """Extractive question answering with DistilBERT and BERT on JAX, and the
 measures it.
 
   flaxqa ask --model MODEL --question "Who?" --context "I am Bob."
+  flaxqa predict records.jsonl --model MODEL --output answers
   flaxqa eval --config configs/quickstart.toml
   flaxqa score dev-v1.1.json predictions.json
 
 MODEL is a directory or a hub id. `flaxqa COMMAND --help` explains a command, `flaxqa --version`
-tells the version. Exit codes: 0 done,
-2 bad option or data, 3 done but questions were set aside, 4 checkpoint refused, 5 below --min-f1,
-75 try again."""
+tells the version. Exit codes: 0 done, 2 bad option or data, 3 done but questions or records were
+set aside, 4 checkpoint refused, 5 below --min-f1, 75 try again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,6 +143,80 @@ class Eval:
     evaluation: EvalConfig
 
 
+def pairs(of: str, value: Callable[[str], Any]) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    """An option of any number of NAME=VALUE."""
+
+    def read(arguments: list[str]) -> dict[str, Any]:
+        split = [argument.partition("=") for argument in arguments]
+        if wrong := [name for name, equals, _ in split if not equals]:
+            raise ValueError(f"{wrong[0]!r} is not NAME={of}")
+        return {name: value(text) for name, _, text in split}
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"NAME={of}",
+        instance_from_str=read,
+        is_instance=lambda given: isinstance(given, dict),
+        str_from_instance=lambda given: [f"{name}={text}" for name, text in given.items()],
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction(PredictConfig):
+    columns: Annotated[dict[str, str], pairs("COLUMN", str)] = dataclasses.field(
+        default_factory=dict
+    )
+    """What the columns are called, of id, question and context: id=qid context=passage. A record
+    without an id is called by its file and line."""
+
+    worker_resources: Annotated[dict[str, float], pairs("NUMBER", float)] = dataclasses.field(
+        default_factory=dict
+    )
+    """Other resources of each actor of Ray: TPU=4."""
+
+    input: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
+    """Files, folders or patterns of JSONL, CSV, TSV, Parquet or SQuAD JSON, text also as .gz or
+    .zst; or a hub data set (rajpurkar/squad)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Answer any number of records, each exactly once.
+
+    INPUT is files, folders or patterns of JSONL, CSV, Parquet or SQuAD JSON, with the columns
+    question and context and perhaps id. Writes parts of --shard-size records into --output, whose
+    sorted names give the order of the input, and what could not be answered into errors.jsonl.
+    A run that was stopped, even by kill -9, goes on when the same command is given again.
+
+      flaxqa predict "data/*.jsonl.gz" --model MODEL --output answers
+      flaxqa predict data/ --model MODEL --output answers --columns id=qid context=passage
+      flaxqa predict data/ --model MODEL --output answers --dry-run
+
+    Several processes share the work with --shard 0/4, --shard 1/4, ..., with --multihost, or with
+    --engine ray; the parts are the same. Piped, the counts are printed as one JSON line.
+    """
+
+    config: Path | None = None
+    """TOML file with any of the options below; an option given here wins over the file."""
+
+    dry_run: bool = False
+    """Only count records and shards, and tell from a sample how long it would take."""
+
+    restart: bool = False
+    """Remove what another run left in --output and begin anew."""
+
+    shard: str | None = None
+    """Share i/n of the work, i from 0: for one process of n that are started side by side."""
+
+    multihost: bool = False
+    """Take i and n from jax.distributed: TPU pods, Slurm, Open MPI."""
+
+    finalize: bool = False
+    """Only check that all parts are there, put errors.jsonl together, and write _SUCCESS."""
+
+    prediction: Prediction
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits with its code."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -183,18 +260,28 @@ def run(argv: list[str]) -> int:
         return ask(command)
     if isinstance(command, Score):
         return score(command)
+    if isinstance(command, Predict):
+        return predict(command)
     return evaluate(command.evaluation)
 
 
 def parse(argv: list[str]) -> Any:
-    """The command and its options; the fields of --config FILE are the defaults of `eval`."""
-    given = option(argv, "--config") if argv[:1] == ["eval"] else None
-    values = read_toml(given) if given is not None else {}
-    required = dict.fromkeys(PATHS, tyro.MISSING)
-    defaults = Eval(evaluation=EvalConfig(**{**required, **values}))
+    """The command and its options; the fields of --config FILE are the defaults of the others."""
+    given = option(argv, "--config") if argv[:1] in (["eval"], ["predict"]) else None
+    kind = PredictConfig if argv[:1] == ["predict"] else EvalConfig
+    values = read_toml(given, kind) if given is not None else {}
+    # What finalizes needs only the output.
+    optional = ("input", "model") if "--finalize" in argv else ()
+    required = {
+        name: ((), "")[name != "input"] if name in optional else tyro.MISSING for name in kind.PATHS
+    }
+    settings = {**required, **values}
+    evaluation = Eval(evaluation=EvalConfig(**settings)) if kind is EvalConfig else None
+    prediction = Predict(prediction=Prediction(**settings)) if evaluation is None else None
     commands = (
         Annotated[Ask, tyro.conf.subcommand("ask")]
-        | Annotated[Eval, tyro.conf.subcommand("eval", default=defaults)]
+        | Annotated[Predict, tyro.conf.subcommand("predict", default=prediction)]
+        | Annotated[Eval, tyro.conf.subcommand("eval", default=evaluation)]
         | Annotated[Score, tyro.conf.subcommand("score")]
     )
     return tyro.cli(
@@ -375,6 +462,78 @@ def summary(metrics: dict[str, Any], output: str) -> None:
             1, f"{metrics['set_aside']} questions set aside, see errors.jsonl; they score 0"
         )
     print("\n".join(lines), file=sys.stderr)
+
+
+def predict(command: Predict) -> int:
+    from flaxqa import batch
+    from flaxqa.progress import TerminalProgress
+
+    config = command.prediction
+    told = [name for name in ("dry_run", "restart", "shard", "multihost", "finalize")
+            if getattr(command, name)]  # fmt: skip
+    if len(told) > 1:
+        raise UsageError(" and ".join(f"--{name.replace('_', '-')}" for name in told)
+                         + " do not go together")  # fmt: skip
+    if command.finalize:
+        return report(batch.finalize(config.output), config.output)
+    with TerminalProgress("records") as progress:
+        if command.dry_run:
+            return foretell(batch.estimate(config, progress=progress))
+        share = None if command.shard is None else parse_share(command.shard)
+        if command.multihost:
+            with batch.multihost_share() as share:
+                done = batch.predict(config, share=share, progress=progress)
+            if share[0] == 0 and not done.complete:
+                done = batch.finalize(config.output)
+        else:
+            done = batch.predict(config, share=share, restart=command.restart, progress=progress)
+    return report(done, config.output)
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """The numbers of `i/n`."""
+    if not (found := re.fullmatch(r"(\d+)/(\d+)", text)):
+        raise UsageError(f"--shard {text}: it must be i/n, as 0/4")
+    return int(found[1]), int(found[2])
+
+
+def report(done: Summary, output: str) -> int:
+    """Tells what a batch run came to."""
+    lines = [
+        f"{done.records:,} records = {done.answered:,} answered + {done.set_aside:,} set aside"
+        if done.complete
+        else f"{done.answered + done.set_aside:,} of {done.records:,} records; other processes "
+        "have the rest, and the last of them, or --finalize, completes the run"
+    ]
+    if done.computed:
+        seconds = max(done.seconds, 1e-9)
+        lines.append(
+            f"{done.computed:,} of them now, {done.computed / seconds:,.1f} records/s, "
+            f"{done.windows / seconds:,.1f} windows/s, {done.padding_share:.1%} padding"
+        )
+    if done.set_aside and done.complete:
+        lines.append(f"what was set aside is in {Path(output) / 'errors.jsonl'}, with the reasons")
+    lines.append(f"{done.parts:,} parts in {output}")
+    print("\n".join(lines), file=sys.stderr)
+    if not sys.stdout.isatty():
+        print(json.dumps(dataclasses.asdict(done)))
+    return SET_ASIDE if done.set_aside else 0
+
+
+def foretell(found: Estimate) -> int:
+    """Tells what a batch run would come to."""
+    from flaxqa.progress import duration
+
+    print(
+        f"{found.records:,} records in {found.shards:,} shards, about {found.windows:,} windows\n"
+        f"about {duration(60 * found.minutes)} on this machine, at {found.records_per_second:,.1f} "
+        f"records/s\n"
+        f"of a sample of {found.sampled:,} records {found.set_aside:,} would be set aside",
+        file=sys.stderr,
+    )
+    if not sys.stdout.isatty():
+        print(json.dumps(dataclasses.asdict(found)))
+    return 0
 
 
 def score(command: Score) -> int:

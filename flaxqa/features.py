@@ -136,13 +136,17 @@ def why_invalid(example: Example) -> str | None:
     """Where an example has a lone surrogate, which is not Unicode text, or None."""
     for name in ("question", "context"):
         text = getattr(example, name)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            return (
-                f"the {name} has a lone surrogate, U+{ord(text[error.start]):04X}, "
-                f"at character {error.start}"
-            )
+        if (at := lone_surrogate(text)) is not None:
+            return f"the {name} has a lone surrogate, U+{ord(text[at]):04X}, at character {at}"
+    return None
+
+
+def lone_surrogate(text: str) -> int | None:
+    """Where a text has one first, or None."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
     return None
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from flaxqa.errors import TryAgain, UsageError
+
+BLOCK = 1 << 20
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -15,22 +20,86 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
       TryAgain: the place cannot be written or is full.
     """
+    write_blocks(path, [content], f"{path} ({len(content):,} bytes)")
+
+
+def write_joined(path: Path, parts: Sequence[Path]) -> None:
+    """The file appears with the content of all parts, one after the other, or not at all.
+
+    Raises:
+      TryAgain: a part cannot be read, or the place cannot be written or is full.
+    """
+
+    def blocks() -> Iterator[bytes]:
+        for part in parts:
+            with part.open("rb") as file:
+                while block := file.read(BLOCK):
+                    yield block
+
+    write_blocks(path, blocks(), str(path))
+
+
+def write_blocks(path: Path, blocks: Iterable[bytes], called: str) -> None:
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            try:
                 os.fchmod(descriptor, 0o666 & ~current_umask())
-                file.write(content)
-                file.flush()
+                for block in blocks:
+                    write_all(descriptor, block)
                 os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
             raise
+        sync_directory(path.parent)
     except OSError as error:
-        raise TryAgain(
-            f"{path} ({len(content):,} bytes) cannot be written: {error.strerror}"
-        ) from error
+        raise TryAgain(f"{called} cannot be written: {error.strerror or error}") from error
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Adds a line to a file, which is made if missing; when this returns it is on disk.
+
+    What a crash cut short at the end of the file is ended first, so that it spoils no other line.
+
+    Raises:
+      TryAgain: the place cannot be written or is full.
+    """
+    try:
+        new = not path.exists()
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            cut = size and os.pread(descriptor, 1, size - 1) != b"\n"
+            write_all(descriptor, (b"\n" if cut else b"") + line + b"\n")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if new:
+            sync_directory(path.parent)
+    except OSError as error:
+        raise TryAgain(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def sync_directory(path: Path) -> None:
+    """Puts the names in a directory on disk, where a system can do that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def current_umask() -> int:

@@ -32,7 +32,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxqa import inference, native
-from flaxqa.errors import UsageError
+from flaxqa.errors import TryAgain, UsageError
 from flaxqa.features import Feature
 from flaxqa.inference import Ragged
 from flaxqa.model import QuestionAnsweringModel
@@ -76,6 +76,28 @@ class Batch(NamedTuple):
 
     shape: Shape
     rows: list[list[int]]
+
+
+class UnderWay(NamedTuple):
+    """A batch that the devices compute.
+
+    Attributes:
+      features: of its chunk.
+      logits: of its chunk, where those of the batch will be.
+      batch: which windows it has.
+      inputs: its rows.
+      array: their logits once they are there; None if the devices had no memory for them.
+    """
+
+    features: Sequence[Feature]
+    logits: list[Logits | None]
+    batch: Batch
+    inputs: Ragged
+    array: jax.Array | None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 class Left:
@@ -366,22 +388,15 @@ class Predictor:
           progress: called with the number of windows done, batch by batch, chunk after chunk.
         """
         unfinished: collections.deque[tuple[list[Logits | None], int]] = collections.deque()
-        in_flight: collections.deque[tuple[list[Logits | None], Batch, Ragged, jax.Array]] = (
-            collections.deque()
-        )
+        in_flight: collections.deque[UnderWay] = collections.deque()
 
         def collect() -> None:
-            logits, batch, inputs, array = in_flight.popleft()
-            start, end = np.ascontiguousarray(np.moveaxis(np.asarray(array), -1, 0))
-            for device, row in enumerate(batch.rows):
-                first = inputs.starts[device, : len(row)]
-                stop = first + inputs.lengths[device, : len(row)]
-                for index, i, j in zip(row, first.tolist(), stop.tolist(), strict=True):
-                    logits[index] = Logits(start[device, i:j], end[device, i:j])
-            progress(sum(map(len, batch.rows)))
+            first = in_flight.popleft()
+            self.take(first)
+            progress(sum(map(len, first.batch.rows)))
 
         def finished() -> bool:
-            return not in_flight or in_flight[0][0] is not unfinished[0][0]
+            return not in_flight or in_flight[0].logits is not unfinished[0][0]
 
         def take() -> list[Logits]:
             logits, tokens = unfinished.popleft()
@@ -398,9 +413,7 @@ class Predictor:
             for batch in plan:
                 if len(in_flight) == BATCHES_IN_FLIGHT:
                     collect()
-                inputs = self.inputs(batch, features)
-                run = self.compiled[batch.shape]
-                in_flight.append((logits, batch, inputs, run(inputs)))
+                in_flight.append(self.start(batch, features, logits))
                 if len(unfinished) > 1 and finished():
                     yield take()
             if len(unfinished) > 1:
@@ -411,6 +424,73 @@ class Predictor:
             while not finished():
                 collect()
             yield take()
+
+    def start(
+        self, batch: Batch, features: Sequence[Feature], logits: list[Logits | None]
+    ) -> UnderWay:
+        """Sends a batch to the devices."""
+        inputs = self.inputs(batch, features)
+        try:
+            array = self.compiled[batch.shape](inputs)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            array = None
+        return UnderWay(features, logits, batch, inputs, array)
+
+    def take(self, one: UnderWay) -> None:
+        """Waits for a batch and puts its logits where they belong.
+
+        Where the devices' memory did not suffice, its windows are computed again in smaller
+        batches, and so are all later ones.
+
+        Raises:
+          TryAgain: the memory does not suffice for single windows.
+        """
+        try:
+            if one.array is not None:
+                both = np.asarray(one.array)
+                start, end = np.ascontiguousarray(np.moveaxis(both, -1, 0))
+                for device, row in enumerate(one.batch.rows):
+                    first = one.inputs.starts[device, : len(row)]
+                    stop = first + one.inputs.lengths[device, : len(row)]
+                    for index, i, j in zip(row, first.tolist(), stop.tolist(), strict=True):
+                        one.logits[index] = Logits(start[device, i:j], end[device, i:j])
+                return
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        while one.batch.shape.tokens <= self.row_tokens[-1]:
+            self.halve()
+        indices = [index for row in one.batch.rows for index in row]
+        again: list[Logits | None] = [None] * len(indices)
+        windows = [one.features[index] for index in indices]
+        plan = self.plan([len(window) for window in windows])
+        self.compile(batch.shape for batch in plan)
+        for batch in plan:
+            self.take(self.start(batch, windows, again))
+        for index, logits in zip(indices, again, strict=True):
+            one.logits[index] = logits
+
+    def halve(self) -> None:
+        """Makes batches half as large from now on, though never smaller than one window.
+
+        Raises:
+          TryAgain: they are no larger than that.
+        """
+        largest = self.row_tokens[-1]
+        if largest == self.max_length:
+            raise TryAgain(
+                f"the devices' memory does not suffice for a batch of {largest:,} tokens, one "
+                "window on each"
+            )
+        most = max(largest // 2, self.max_length)
+        self.row_tokens = [*(size for size in self.row_tokens if size < most), most]
+        log.warning(
+            "out of memory with batches of %s tokens on each device, going on with %s",
+            f"{largest:,}",
+            f"{most:,}",
+        )
 
     def inputs(self, batch: Batch, features: Sequence[Feature]) -> Ragged:
         """The rows of a batch, of every device one."""

@@ -5,14 +5,42 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import Protocol
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class TerminalProgress:
-    """Shows questions done, windows/s and the time left; a context manager."""
+class Progress(Protocol):
+    """What a long run tells while it goes on."""
 
-    def __init__(self) -> None:
+    def stage(self, description: str) -> None:
+        """What it does now."""
+
+    def begin(self, total: int, done: int = 0) -> None:
+        """How many there are to answer, and how many an earlier run has done."""
+
+    def advance(self, answered: int, windows: int, padding: float | None = None) -> None:
+        """How many were just answered, their windows, and the share of padding so far."""
+
+
+class Silence:
+    """Shows nothing."""
+
+    def stage(self, description: str) -> None:
+        pass
+
+    def begin(self, total: int, done: int = 0) -> None:
+        pass
+
+    def advance(self, answered: int, windows: int, padding: float | None = None) -> None:
+        pass
+
+
+class TerminalProgress:
+    """Shows what is done, speeds and the time left; a context manager."""
+
+    def __init__(self, noun: str = "questions") -> None:
+        """Starts with nothing done; `noun` says of what."""
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -24,7 +52,9 @@ class TerminalProgress:
             TimeRemainingColumn,
         )
 
-        self.total = self.done = self.windows = 0
+        self.noun = noun
+        self.total = self.done = self.answered = self.windows = 0
+        self.padding: float | None = None
         self.began = self.last_line = time.monotonic()
         self.terminal = sys.stderr.isatty()
         self.bar = Progress(
@@ -59,21 +89,42 @@ class TerminalProgress:
         self.bar.update(self.task, description=description)
         self.line(description)
 
-    def begin(self, questions: int) -> None:
-        self.total, self.began = questions, time.monotonic()
-        self.bar.update(self.task, description="answering", total=questions)
-        self.line(f"answering {questions:,} questions")
+    def begin(self, total: int, done: int = 0) -> None:
+        self.total, self.done, self.began = total, done, time.monotonic()
+        self.bar.update(self.task, description="answering", total=total, completed=done)
+        before = f", {done:,} of them done before" if done else ""
+        self.line(f"answering {total:,} {self.noun}{before}")
 
-    def advance(self, questions: int, windows: int) -> None:
-        self.done += questions
+    def advance(self, answered: int, windows: int, padding: float | None = None) -> None:
+        self.done += answered
+        self.answered += answered
         self.windows += windows
+        self.padding = self.padding if padding is None else padding
         seconds = max(time.monotonic() - self.began, 1e-9)
-        speed = f"{self.windows / seconds:,.0f} windows/s"
+        speed = (
+            f"{self.answered / seconds:,.0f} {self.noun}/s, {self.windows / seconds:,.0f} windows/s"
+        )
+        if self.padding is not None:
+            speed += f", {self.padding:.1%} padding"
         self.bar.update(self.task, completed=self.done, speed=speed)
         if time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
-            self.line(f"{self.done:,} of {self.total:,} questions, {speed}")
+            left = (self.total - self.done) * seconds / max(self.answered, 1)
+            self.line(
+                f"{self.done:,} of {self.total:,} {self.noun}, {speed}, {duration(left)} left"
+            )
 
     def line(self, text: str) -> None:
         if not self.terminal:
             print(f"flaxqa: {text}", file=sys.stderr, flush=True)
             self.last_line = time.monotonic()
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that matter: 40 s, 12 min 5 s, 3 h 20 min, 2 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    left = round(seconds)
+    first = next(index for index, (_, size) in enumerate(units) if left >= size)
+    (large, size), (small, part) = units[first], units[first + 1]
+    return f"{left // size} {large} {left % size // part} {small}"

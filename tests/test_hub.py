@@ -5,7 +5,8 @@ from conftest import HUB_MODEL, QUICKSTART
 
 import flaxqa
 from eval import run
-from eval.config import EvalConfig, read_toml
+from eval.config import EvalConfig
+from flaxqa.config import read_toml
 
 pytestmark = pytest.mark.hub
 
@@ -44,7 +45,7 @@ def test_the_cards_examples(question, context, text, score, start, end):
 
 def test_the_published_scores(tmp_path):
     config = EvalConfig(
-        **{**read_toml(QUICKSTART.parent / "squad_v1.1.toml"), "output": str(tmp_path)}
+        **{**read_toml(QUICKSTART.parent / "squad_v1.1.toml", EvalConfig), "output": str(tmp_path)}
     )
     metrics = run.evaluate(config)
     assert metrics["total"] == 10_570

@@ -10,8 +10,9 @@ import pytest
 from conftest import QUICKSTART, SHARED
 
 from eval import run, squad
-from eval.config import EvalConfig, read_toml
+from eval.config import EvalConfig
 from flaxqa import answers, checkpoint, predict, reader
+from flaxqa.config import read_toml
 from flaxqa.errors import DataError, ModelRejected, TryAgain, UsageError
 from flaxqa.predict import Logits
 
@@ -352,7 +353,7 @@ def test_paths_in_a_toml_file_are_relative_to_it(tmp_path):
     path = tmp_path / "a" / "some.toml"
     path.parent.mkdir()
     path.write_text('model = "../model"\ndata = "rajpurkar/squad"\noutput = "./out"\nlimit = 3\n')
-    assert read_toml(path) == {
+    assert read_toml(path, EvalConfig) == {
         "model": str(tmp_path / "model"),
         "data": "rajpurkar/squad",
         "output": str(tmp_path / "a" / "out"),
@@ -376,7 +377,7 @@ def test_a_config_file_that_cannot_be_used_is_refused_by_field(tmp_path, text, m
     path = tmp_path / "some.toml"
     path.write_text(text)
     with pytest.raises(UsageError, match=message) as caught:
-        read_toml(path)
+        read_toml(path, EvalConfig)
     assert "some.toml" in str(caught.value)
 
 
@@ -387,7 +388,7 @@ def test_numbers_below_one_are_refused():
 
 @pytest.mark.parametrize("name", ["quickstart", "squad_v1.1", "gpu", "tpu"])
 def test_the_shipped_configs_are_valid(name):
-    assert EvalConfig(**read_toml(QUICKSTART.parent / f"{name}.toml"))
+    assert EvalConfig(**read_toml(QUICKSTART.parent / f"{name}.toml", EvalConfig))
 
 
 # ------------------------------------------------------------------------------ the real numbers

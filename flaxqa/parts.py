@@ -1,0 +1,412 @@
+"""The directory of a batch run: a part for each shard, whole or not there, and what is known of it.
+
+    part-00000-of-00042.parquet   answers; sorted, the names give the order of the input
+    errors.jsonl                  records that were set aside, each with its reason
+    _run.json                     what was asked of whom: all that decides an answer
+    _plan.json                    the shards
+    _manifest.jsonl               a line for each finished part, appended: its rows and sha256
+    _SUCCESS                      counts; written last, when everything is there
+    _errors/                      what was set aside of each shard
+
+A part and what belongs to it appear by renaming after they are on disk; then comes the line in the
+manifest. So a part without a line is computed again, and whatever a crash cut short is found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from flaxqa import files
+from flaxqa.errors import DataError, TryAgain, UsageError, all_problems
+from flaxqa.records import Plan
+
+RUN, PLAN, MANIFEST = "_run.json", "_plan.json", "_manifest.jsonl"
+ERRORS, FRAGMENTS, SUCCESS, LOCK = "errors.jsonl", "_errors", "_SUCCESS", ".lock"
+SUFFIXES = {"parquet": ".parquet", "jsonl": ".jsonl"}
+SHOWN = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What the manifest says of a finished part.
+
+    Attributes:
+      shard: its number.
+      part: its file.
+      rows: how many it has.
+      sha256: of its bytes.
+      set_aside: records of the shard that are not in it.
+      errors_sha256: of the file that has those, None without any.
+      run_key: of the run.
+      computed_by: what computed it: device, kernels, versions. It decides no more than last digits.
+    """
+
+    shard: int
+    part: str
+    rows: int
+    sha256: str
+    set_aside: int
+    errors_sha256: str | None
+    run_key: str
+    computed_by: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the parts of a run go; all that somebody who computes them needs to know.
+
+    Attributes:
+      directory: of the run.
+      plan: of the run.
+      run_key: of the run.
+      suffix: of the parts.
+    """
+
+    directory: Path
+    plan: Plan
+    run_key: str
+    suffix: str
+
+    def name(self, shard: int) -> str:
+        """A part's name without suffix."""
+        n = len(self.plan.shards)
+        width = max(5, len(str(n)))
+        return f"part-{shard:0{width}d}-of-{n:0{width}d}"
+
+    def fragment(self, shard: int) -> Path:
+        """The file of what was set aside of a shard."""
+        return self.directory / FRAGMENTS / f"{self.name(shard)}.jsonl"
+
+    def write(
+        self,
+        shard: int,
+        content: bytes,
+        rows: int,
+        errors: list[bytes],
+        computed_by: Mapping[str, Any],
+    ) -> Entry:
+        """Writes a part and what was set aside; a line in the manifest then makes it count."""
+        fragment = b"".join(errors)
+        if errors:
+            files.write_whole(self.fragment(shard), fragment)
+        name = self.name(shard) + self.suffix
+        files.write_whole(self.directory / name, content)
+        return Entry(
+            shard=shard,
+            part=name,
+            rows=rows,
+            sha256=hashlib.sha256(content).hexdigest(),
+            set_aside=len(errors),
+            errors_sha256=hashlib.sha256(fragment).hexdigest() if errors else None,
+            run_key=self.run_key,
+            computed_by=computed_by,
+        )
+
+    def is_whole(self, entry: Entry) -> bool:
+        """Whether a part and what belongs to it have the bytes that were written."""
+        if entry.part != self.name(entry.shard) + self.suffix:
+            return False
+        if sha256_of(self.directory / entry.part) != entry.sha256:
+            return False
+        return entry.errors_sha256 is None or (
+            sha256_of(self.fragment(entry.shard)) == entry.errors_sha256
+        )
+
+
+class Output:
+    """The directory of a run, which nobody else writes meanwhile; a context manager.
+
+    `begin` or `go_on` comes first.
+
+    Attributes:
+      directory: where.
+      share: (i, n) if this is process i of n that share it; None if it is alone.
+      place: of the run.
+      finished: the parts that are there, by shard.
+    """
+
+    place: Place
+
+    def __init__(self, directory: str | Path, share: tuple[int, int] | None = None):
+        """Locks the directory, which is made if missing.
+
+        Raises:
+          TryAgain: it cannot be written, or somebody else is writing there.
+        """
+        self.directory, self.share = files.writable_directory(directory), share
+        self.finished: dict[int, Entry] = {}
+        with contextlib.ExitStack() as locks:
+            # Those that share the directory keep each other out of their shares only.
+            kind = fcntl.LOCK_EX if share is None else fcntl.LOCK_SH
+            locks.enter_context(held(self.path(LOCK), kind))
+            if share is not None:
+                own = self.path(f"{LOCK}-{share[0]}-of-{share[1]}")
+                locks.enter_context(held(own, fcntl.LOCK_EX))
+            self.locks = locks.pop_all()
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.locks.close()
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+    # --- what is there ---
+
+    def begin(
+        self,
+        make_plan: Callable[[Plan | None], Plan],
+        describe: Callable[[Plan], dict[str, Any]],
+        *,
+        suffix: str,
+        restart: bool = False,
+    ) -> None:
+        """Writes down what is asked, or goes on with the run that is there if it is the same.
+
+        Args:
+          make_plan: gives the plan; is given that of an earlier start, which it may return.
+          describe: gives all that decides an answer.
+          suffix: of the parts.
+          restart: whether to begin anew.
+
+        Raises:
+          UsageError: another run is there, which differs; says in what.
+          TryAgain: the directory cannot be written.
+        """
+        with held(self.path(f"{LOCK}-begin"), fcntl.LOCK_EX, wait=True):
+            if restart:
+                if self.share is not None:
+                    raise UsageError("--restart is for a run that is alone")
+                self.remove_all()
+            before, planned = self.read(RUN), self.read(PLAN)
+            if before is None and (strangers := sorted(self.directory.glob("part-*"))):
+                raise UsageError(
+                    f"{self.directory} has {strangers[0].name} but no {RUN}: choose another "
+                    "directory, or --restart to remove what is there"
+                )
+            plan = make_plan(Plan.from_json(planned) if planned is not None else None)
+            run = describe(plan)
+            key = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+            if before is not None and (changes := differences(before, {"run_key": key, **run})):
+                where = (
+                    f"{self.directory} has another run; choose another directory, or --restart to "
+                    "begin anew. They differ in"
+                )
+                raise UsageError(all_problems(where, changes))
+            if plan.to_json() != planned:
+                files.write_whole(self.path(PLAN), as_json(plan.to_json()))
+            if before is None:
+                files.write_whole(self.path(RUN), as_json({"run_key": key, **run}))
+            self.place = Place(self.directory, plan, key, suffix)
+            try:
+                self.path(FRAGMENTS).mkdir(exist_ok=True)
+            except OSError as error:
+                raise TryAgain(f"{self.directory} cannot be written: {error}") from error
+        self.find_finished()
+
+    def go_on(self) -> None:
+        """Takes up the run that is there, without asking for anything.
+
+        Raises:
+          UsageError: there is none.
+        """
+        run, planned = self.read(RUN), self.read(PLAN)
+        if run is None or planned is None:
+            raise UsageError(f"{self.directory} has no run")
+        suffix = SUFFIXES[run["output"]["format"]]
+        self.place = Place(self.directory, Plan.from_json(planned), run["run_key"], suffix)
+        self.find_finished()
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the directory, None if it is missing."""
+        path = self.path(name)
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise TryAgain(f"{path} cannot be read: {error.strerror}") from error
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise DataError(f"{path} is damaged; --restart begins anew")
+        return content
+
+    def remove_all(self) -> None:
+        """Removes what an earlier run wrote, and nothing else."""
+        try:
+            self.path(SUCCESS).unlink(missing_ok=True)
+            for path in self.directory.iterdir():
+                ours = path.name in (RUN, PLAN, ERRORS) or path.name.startswith(
+                    ("part-", ".part-", "_manifest", "._", f".{ERRORS}.")
+                )
+                if ours and path.is_file():
+                    path.unlink()
+            if self.path(FRAGMENTS).is_dir():
+                shutil.rmtree(self.path(FRAGMENTS))
+        except OSError as error:
+            raise TryAgain(f"{self.directory} cannot be cleared: {error}") from error
+
+    def find_finished(self) -> None:
+        """Finds the parts that are there with the bytes that the manifest says."""
+        plan = self.place.plan
+        if self.share is None:
+            for pattern in (".part-*", "._*", f".{ERRORS}.*", f"{FRAGMENTS}/.part-*"):
+                for path in self.directory.glob(pattern):  # what a crash left half written
+                    path.unlink(missing_ok=True)
+        entries: dict[int, Entry] = {}
+        for path in self.manifests():
+            for line in path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError, TypeError):  # a line that a crash cut
+                    entry = Entry(**json.loads(line))
+                    if entry.run_key == self.place.run_key and entry.shard < len(plan.shards):
+                        entries[entry.shard] = entry
+        self.finished = {
+            shard: entry for shard, entry in sorted(entries.items()) if self.place.is_whole(entry)
+        }
+        if len(self.finished) < len(plan.shards):
+            self.path(SUCCESS).unlink(missing_ok=True)
+
+    def manifests(self) -> list[Path]:
+        return sorted(self.directory.glob("_manifest*.jsonl"))
+
+    def mine(self) -> range:
+        """The shards that this process answers for."""
+        i, n = self.share or (0, 1)
+        return range(i, len(self.place.plan.shards), n)
+
+    def left(self) -> list[int]:
+        """Those of them that are not finished."""
+        return [shard for shard in self.mine() if shard not in self.finished]
+
+    # --- what is written ---
+
+    def note(self, entry: Entry) -> None:
+        """Appends a line to this process's manifest; when this returns the part counts."""
+        name = MANIFEST
+        if self.share is not None:
+            name = "_manifest-{}-of-{}.jsonl".format(*self.share)
+        files.append_line(self.path(name), json.dumps(dataclasses.asdict(entry)).encode())
+        self.finished[entry.shard] = entry
+
+    def finalize(self) -> dict[str, Any]:
+        """Puts what was set aside together and declares the run complete.
+
+        Returns:
+          The content of _SUCCESS.
+
+        Raises:
+          TryAgain: parts are missing; says which.
+          DataError: the counts do not add up.
+        """
+        plan, place = self.place.plan, self.place
+        if missing := [place.name(i) for i in range(len(plan.shards)) if i not in self.finished]:
+            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+            raise TryAgain(f"{self.directory} misses {', '.join(missing[:SHOWN])}{more}")
+        entries = [self.finished[i] for i in range(len(plan.shards))]
+        for entry, shard in zip(entries, plan.shards, strict=True):
+            planned = sum(segment.records for segment in shard)
+            if entry.rows + entry.set_aside != planned:
+                raise DataError(
+                    f"{entry.part} has {entry.rows} answers and {entry.set_aside} records were set "
+                    f"aside, but the shard has {planned}"
+                )
+        fragments = [place.fragment(entry.shard) for entry in entries if entry.set_aside]
+        if fragments:
+            files.write_joined(self.path(ERRORS), fragments)
+        if self.manifests() != [self.path(MANIFEST)]:
+            lines = [json.dumps(dataclasses.asdict(entry)).encode() + b"\n" for entry in entries]
+            files.write_whole(self.path(MANIFEST), b"".join(lines))
+            for path in self.manifests():
+                if path.name != MANIFEST:
+                    path.unlink()
+        summary = {
+            "records": plan.records,
+            "answered": sum(entry.rows for entry in entries),
+            "set_aside": sum(entry.set_aside for entry in entries),
+            "parts": len(entries),
+            "run_key": place.run_key,
+        }
+        files.write_whole(self.path(SUCCESS), as_json(summary))
+        return summary
+
+
+@contextlib.contextmanager
+def held(path: Path, kind: int, *, wait: bool = False) -> Iterator[IO[str]]:
+    """Holds a lock on a file, which is made if missing; the system lets go when the process ends.
+
+    Raises:
+      TryAgain: somebody else has it.
+    """
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise TryAgain(f"{path} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                yield file  # a file system without locks
+                return
+            file.seek(0)
+            who = file.read(200).strip()
+            raise TryAgain(
+                f"{path.parent} cannot be written: another run is writing there"
+                + (f" ({who})" if who else "")
+            ) from error
+        if kind == fcntl.LOCK_EX:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+        yield file
+
+
+def differences(before: Any, now: Any, where: str = "") -> list[str]:
+    """What differs between two JSON values, field by field."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for name in sorted(before.keys() | now.keys()):
+            if name == "run_key":
+                continue
+            place = f"{where}.{name}" if where else name
+            found += differences(before.get(name), now.get(name), place)
+        return found
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now, strict=True))
+        return [d for i, (a, b) in pairs for d in differences(a, b, f"{where}[{i}]")]
+    if before == now:
+        return []
+    return [f"{where}: it was {short(before)}, now it is {short(now)}"]
+
+
+def short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def sha256_of(path: Path) -> str | None:
+    """The hash of a file's bytes, None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def as_json(content: Any) -> bytes:
+    return json.dumps(content, indent=1).encode() + b"\n"
