@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -404,6 +405,19 @@ def inputs_of(config: PredictConfig) -> list[Input]:
     ]
 
 
+def plan_of(
+    config: PredictConfig, inputs: Sequence[Input], columns: Columns, progress: Progress
+) -> Plan:
+    progress.stage("counting records")
+    return records.plan(
+        inputs,
+        config.shard_size,
+        columns=columns,
+        unique_ids=config.unique_ids,
+        progress=progress.count,
+    )
+
+
 # --- running ---
 
 
@@ -443,10 +457,7 @@ def predict(
     def make_plan(before: Plan | None) -> Plan:
         if before is not None and before.is_of(inputs, config.shard_size, config.unique_ids):
             return before
-        progress.stage("counting records")
-        return records.plan(
-            inputs, config.shard_size, columns=columns, unique_ids=config.unique_ids
-        )
+        return plan_of(config, inputs, columns, progress)
 
     def describe_run(plan: Plan) -> dict[str, Any]:
         if not loaded:
@@ -530,7 +541,7 @@ class Total:
             "computed": self.computed,
             "windows": self.windows,
             "seconds": time.perf_counter() - self.began,
-            "padding_share": 1 - self.tokens / max(self.computed_tokens, 1),
+            "padding_share": (self.computed_tokens - self.tokens) / max(self.computed_tokens, 1),
         }
 
 
@@ -595,6 +606,10 @@ def run_on_ray(
     """
     if not left:
         return
+    if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
+        # Ray reads it when it is imported. Only so does it listen on loopback alone on Linux, too:
+        # it takes an address of 127.0.0.1 that it is given for the machine's address.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
         import ray.data
@@ -606,7 +621,6 @@ def run_on_ray(
     if started:
         local: dict[str, Any] = {
             "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
             "object_store_memory": 128 << 20,  # what passes through it is small
         }
         ray.init(
@@ -633,8 +647,8 @@ def run_on_ray(
             num_cpus=cpus,
             num_gpus=config.worker_gpus,
             resources=dict(config.worker_resources),
-            max_restarts=-1,
-            max_task_retries=3,
+            # Lost actors are replaced, but not for ever where it is the shard that ends them.
+            ray_remote_args_fn=lambda: {"max_task_retries": 3},
         )
         for row in results.iter_rows():
             entry, took = Entry(**json.loads(row["entry"])), json.loads(row["took"])
@@ -747,8 +761,7 @@ def estimate(config: PredictConfig, *, progress: Progress | None = None) -> Esti
     check(config, None)
     columns = columns_of(config)
     inputs = inputs_of(config)
-    progress.stage("counting records")
-    plan = records.plan(inputs, config.shard_size, columns=columns, unique_ids=config.unique_ids)
+    plan = plan_of(config, inputs, columns, progress)
     progress.stage("loading the checkpoint")
     worker = Worker(config, plan, "", load_reader(config))
     chosen = sorted({len(plan.shards) * i // SAMPLED_SHARDS for i in range(SAMPLED_SHARDS)})

@@ -24,8 +24,7 @@ class PredictConfig:
     PATHS: ClassVar[tuple[str, ...]] = ("input", "output", "model")
 
     input: tuple[str, ...]
-    """Files, folders or patterns of JSONL, CSV, TSV, Parquet or SQuAD JSON, text also as .gz or
-    .zst; or a hub data set (rajpurkar/squad)."""
+    """Files, folders, patterns (JSONL, CSV, Parquet, SQuAD JSON, .gz, .zst), or a hub data set."""
 
     output: str
     """Directory for the answers; made if missing. A run that was stopped goes on there."""
@@ -46,8 +45,7 @@ class PredictConfig:
     """Branch, tag or commit of a hub data set."""
 
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What the columns are called, of id, question and context: id=qid context=passage. A record
-    without an id is called by its file and line."""
+    """What the columns id, question and context are called: id=qid context=passage."""
 
     keep: tuple[str, ...] = ()
     """Other columns that go into the output."""
@@ -83,8 +81,7 @@ class PredictConfig:
     """Leave out answers with a lower score."""
 
     no_answer_threshold: float | None = None
-    """Give no answer where the score of "no answer" is above this, from 0 to 1. For models that
-    were trained on unanswerable questions, as those of SQuAD 2.0; 0.5 is the usual rule."""
+    """Give no answer where the score of "no answer" is above this; 0.5 suits SQuAD 2.0's models."""
 
     max_length: int | None = None
     """Tokens of a window; 384, or the checkpoint's positions if those are fewer."""
@@ -114,8 +111,7 @@ class PredictConfig:
     """Tokens of a batch on each device; what suits the device when left out."""
 
     engine: Literal["local", "ray"] = "local"
-    """Who works: this process, or actors of Ray Data in the cluster of RAY_ADDRESS, which is
-    started in this machine if there is none. The parts are the same."""
+    """This process, or actors of Ray Data, in the cluster of RAY_ADDRESS or one started here."""
 
     workers: int | None = None
     """Actors of Ray; one for each machine, or for each GPU if they take GPUs, when left out."""

@@ -16,6 +16,9 @@ class Progress(Protocol):
     def stage(self, description: str) -> None:
         """What it does now."""
 
+    def count(self, found: int) -> None:
+        """How many were found so far, while they are counted."""
+
     def begin(self, total: int, done: int = 0) -> None:
         """How many there are to answer, and how many an earlier run has done."""
 
@@ -27,6 +30,9 @@ class Silence:
     """Shows nothing."""
 
     def stage(self, description: str) -> None:
+        pass
+
+    def count(self, found: int) -> None:
         pass
 
     def begin(self, total: int, done: int = 0) -> None:
@@ -89,6 +95,11 @@ class TerminalProgress:
         self.bar.update(self.task, description=description)
         self.line(description)
 
+    def count(self, found: int) -> None:
+        text = f"counting {self.noun}, {found:,} so far"
+        self.bar.update(self.task, description=text)
+        self.now_and_then(text)
+
     def begin(self, total: int, done: int = 0) -> None:
         self.total, self.done, self.began = total, done, time.monotonic()
         self.bar.update(self.task, description="answering", total=total, completed=done)
@@ -107,11 +118,12 @@ class TerminalProgress:
         if self.padding is not None:
             speed += f", {self.padding:.1%} padding"
         self.bar.update(self.task, completed=self.done, speed=speed)
+        left = duration((self.total - self.done) * seconds / max(self.answered, 1))
+        self.now_and_then(f"{self.done:,} of {self.total:,} {self.noun}, {speed}, {left} left")
+
+    def now_and_then(self, text: str) -> None:
         if time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
-            left = (self.total - self.done) * seconds / max(self.answered, 1)
-            self.line(
-                f"{self.done:,} of {self.total:,} {self.noun}, {speed}, {duration(left)} left"
-            )
+            self.line(text)
 
     def line(self, text: str) -> None:
         if not self.terminal:

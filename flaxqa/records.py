@@ -46,6 +46,7 @@ LONGEST_LINE = 16 << 20  # bytes; a longer one is a record that cannot be read
 BLOCK = 1 << 20
 PIECE = 4_096
 ROWS_AT_ONCE = 1_024
+COUNTED_AT_ONCE = 16_384
 csv.field_size_limit(LONGEST_LINE)
 
 
@@ -668,7 +669,7 @@ def plan(
     *,
     columns: Columns,
     unique_ids: bool = False,
-    progress: Callable[[int, int], None] = lambda records, done: None,
+    progress: Callable[[int], None] = lambda records: None,
 ) -> Plan:
     """Reads all input once and cuts it into shards.
 
@@ -677,7 +678,7 @@ def plan(
       shard_size: records of a shard.
       columns: which must be there, where a file's columns are known.
       unique_ids: whether to look for ids that come more than once.
-      progress: called with the records counted so far and the inputs done.
+      progress: called with the number of records found so far.
 
     Raises:
       UsageError: a column is missing, or there is no record.
@@ -711,12 +712,12 @@ def plan(
                 add(shards[-1], Segment(index, start, line, taken))
                 start, line, records = start + taken, line + taken, records - taken
                 room -= taken
-            if count % 65_536 < 1:
-                progress(total + count, index)
+            if count % COUNTED_AT_ONCE == 0:
+                progress(total + count)
         total += count
         planned.append(dataclasses.replace(one, records=count))
         types.append(source.types() if isinstance(source, Parquet) else {})
-        progress(total, index + 1)
+        progress(total)
     if problems:
         raise UsageError(all_problems("the input cannot be used", problems))
     if not total:

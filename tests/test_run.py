@@ -394,16 +394,23 @@ def test_the_shipped_configs_are_valid(name):
 # ------------------------------------------------------------------------------ the real numbers
 
 
+def held_out(output, dtype):
+    """The metrics of the trained checkpoint on the held-out questions."""
+    return run.evaluate(
+        EvalConfig(
+            model=str(SHARED / "checkpoints" / "distilbert-minilm-squad"),
+            data=str(SHARED / "squad" / "heldout-v1.1.json"),
+            output=str(output),
+            dtype=dtype,
+            devices=1,
+        )
+    )
+
+
 @pytest.mark.shared
 def test_the_held_out_set_has_the_reference_answers(tmp_path):
     """Reference: transformers' torch class, float32, windows 384/128, run_qa's rule."""
-    config = EvalConfig(
-        model=str(SHARED / "checkpoints" / "distilbert-minilm-squad"),
-        data=str(SHARED / "squad" / "heldout-v1.1.json"),
-        output=str(tmp_path),
-        devices=1,
-    )
-    metrics = run.evaluate(config)
+    metrics = held_out(tmp_path, "float32")
     reference = json.loads((SHARED / "reference" / "heldout_predictions.json").read_text())
     predictions = read(tmp_path, "predictions.json")
     different = [key for key in reference if predictions[key] != reference[key]]
@@ -411,6 +418,11 @@ def test_the_held_out_set_has_the_reference_answers(tmp_path):
     assert metrics["n_windows"] == 3027
     assert metrics["exact_match"] == pytest.approx(60.8906, abs=0.035)  # one answer
     assert metrics["f1"] == pytest.approx(71.9605, abs=0.035)
+
+
+@pytest.mark.shared
+def test_bfloat16_scores_the_held_out_set_as_float32_does(tmp_path):
+    assert held_out(tmp_path, "bfloat16")["f1"] == pytest.approx(71.9605, abs=0.1)
 
 
 def test_every_field_of_the_config_is_in_the_help_and_the_run(done):
