@@ -16,20 +16,16 @@ once more with nothing in the devices' place, which leaves the host's work.
 
 from __future__ import annotations
 
-import abc
 import argparse
 import contextlib
 import dataclasses
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,18 +35,13 @@ from typing import Any
 
 import numpy as np
 
-from eval import squad
+from eval import backends, environment, squad, worker
+from eval.worker import Worker
 from flaxqa import answers, features, files, predict
 from flaxqa.errors import UsageError
-from flaxqa.features import Example, Feature
-from flaxqa.predict import Logits
+from flaxqa.features import Example
 
 PACKAGES = ("flaxqa", "jax", "jaxlib", "torch", "transformers", "onnxruntime", "openvino", "numpy")
-LENGTH, SHIPPED_BATCH = 384, 8
-TUNED_TOKENS = 2_048  # of a batch that is sorted by length
-MULTIPLE = 8  # what the length of a tuned batch is rounded up to
-
-Seam = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,127 +73,12 @@ class Job:
         return f"{self.engine} {self.way} {self.dtype}"
 
 
-class Engine(abc.ABC):
-    """Loads a checkpoint in its constructor; then windows to logits, batch by batch."""
-
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-
-    @abc.abstractmethod
-    def __init__(self, job: Job): ...
-
-    @abc.abstractmethod
-    def logits(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """ids and mask, int64 [B, T], to start and end logits, float32 [B, T]."""
-
-
-class Torch(Engine):
-    """transformers' class with its default attention, sdpa."""
-
-    def __init__(self, job: Job):
-        import torch
-
-        torch.set_num_threads(os.cpu_count() or 1)
-        self.torch, self.model = torch, torch_model(job)
-
-    def logits(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        torch = self.torch
-        with torch.inference_mode():
-            output = self.model(
-                input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)
-            )
-            return output.start_logits.float().numpy(), output.end_logits.float().numpy()
-
-
-class TorchCompile(Torch):
-    """The same through torch.compile: frozen weights, and of its settings what is fastest here.
-
-    With fixed shapes, or without max-autotune, its float32 products are those of MKL, which on AMD
-    run at half of the rate; in bfloat16 max-autotune is slower.
-    """
-
-    def __init__(self, job: Job):
-        super().__init__(job)
-        import torch._dynamo
-        import torch._inductor.config
-
-        torch._inductor.config.freezing = True
-        torch._dynamo.config.cache_size_limit = 256
-        mode = "max-autotune" if job.dtype == "float32" else None
-        self.model = self.torch.compile(self.model, dynamic=True, mode=mode)
-
-    def logits(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        torch = self.torch
-        with torch.no_grad():  # freezing does not work in inference mode
-            output = self.model(
-                input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)
-            )
-            return output.start_logits.float().numpy(), output.end_logits.float().numpy()
-
-
-class OnnxRuntime(Engine):
-    """The model as transformers' class exports it; int8 through dynamic quantization."""
-
-    dtypes = ("float32", "int8")
-
-    def __init__(self, job: Job):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = os.cpu_count() or 1
-        with tempfile.TemporaryDirectory() as folder:
-            path = onnx_file(job, Path(folder))
-            if job.dtype == "int8":
-                from onnxruntime.quantization import quantize_dynamic
-
-                quantize_dynamic(path, path.with_suffix(".int8"))
-                path = path.with_suffix(".int8")
-            self.session = onnxruntime.InferenceSession(path, options)
-
-    def logits(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        start, end = self.session.run(None, {"input_ids": ids, "attention_mask": mask})
-        return start, end
-
-
-class OpenVino(Engine):
-    """The torch model converted by OpenVINO, all cores on one batch."""
-
-    def __init__(self, job: Job):
-        import openvino
-        import torch
-
-        example = torch.ones(2, 64, dtype=torch.long)
-        model = openvino.convert_model(tuple_model(job), example_input=(example, example))
-        precision = {"float32": "f32", "bfloat16": "bf16"}[job.dtype]
-        settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-        compiled = openvino.Core().compile_model(model, "CPU", settings)
-        self.request = compiled.create_infer_request()
-
-    def logits(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        results = self.request.infer([ids, mask])
-        start, end = (results[i].copy() for i in range(2))
-        return start, end
-
-
-class FlaxqaModel(Engine):
-    """flaxqa's own model as transformers' are called, without its predictor."""
-
-    def __init__(self, job: Job):
-        from flaxqa import checkpoint, predict
-
-        predict.use_compilation_cache()
-        self.model = checkpoint.load(job.model, dtype=job.dtype).model
-
-    def logits(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        output = self.model(ids.astype(np.int32), mask.astype(np.int32))
-        return np.asarray(output.start_logits), np.asarray(output.end_logits)
-
-
-ENGINES: dict[str, type[Engine]] = {
-    "torch": Torch,
-    "torch.compile": TorchCompile,
-    "onnxruntime": OnnxRuntime,
-    "openvino": OpenVino,
-    "flaxqa-model": FlaxqaModel,
+ENGINES = {  # by the names of `eval.backends`
+    "torch": "torch",
+    "torch.compile": "torch.compile",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "flaxqa-model": "jax-model",
 }
 OURS: dict[str, dict[str, Any]] = {  # the options of each
     "flaxqa": {},
@@ -223,80 +99,6 @@ STEPS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
     ("native kernels", "flaxqa", AS_USED, "float32", {}),
     ("bfloat16", "flaxqa", AS_USED, "bfloat16", {}),
 )  # fmt: skip
-
-
-def torch_model(job: Job) -> Any:
-    import torch
-    import transformers
-
-    model = transformers.AutoModelForQuestionAnswering.from_pretrained(job.model).eval()
-    return model.to(getattr(torch, "bfloat16" if job.dtype == "bfloat16" else "float32"))
-
-
-def tuple_model(job: Job) -> Any:
-    """The float32 model with a tuple as its output, for converters."""
-    import torch
-
-    class Wrapped(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = torch_model(dataclasses.replace(job, dtype="float32"))
-
-        def forward(self, input_ids: Any, attention_mask: Any) -> Any:
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask)
-            return output.start_logits, output.end_logits
-
-    return Wrapped()
-
-
-def onnx_file(job: Job, folder: Path) -> Path:
-    import torch
-
-    path, names = folder / "model.onnx", ["input_ids", "attention_mask"]
-    example = torch.ones(2, 64, dtype=torch.long)
-    torch.onnx.export(
-        tuple_model(job),
-        (example, example),
-        path,
-        input_names=names,
-        output_names=["start_logits", "end_logits"],
-        dynamic_axes={name: {0: "batch", 1: "length"} for name in names},
-        dynamo=False,
-        opset_version=17,
-    )
-    return path
-
-
-def padded_batches(lengths: Sequence[int], way: str) -> list[tuple[list[int], int]]:
-    """The windows of each batch and the length they are padded to."""
-    if way == "shipped":
-        rows = list(range(len(lengths)))
-        return [
-            (rows[i : i + SHIPPED_BATCH], LENGTH) for i in range(0, len(lengths), SHIPPED_BATCH)
-        ]
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    batches = []
-    while order:
-        length = -(-lengths[order[0]] // MULTIPLE) * MULTIPLE
-        size = max(1, TUNED_TOKENS // length)
-        batches.append((order[:size], length))
-        order = order[size:]
-    return batches
-
-
-def run_padded(seam: Seam, windows: Sequence[Feature], way: str) -> list[Logits]:
-    """The logits of every window."""
-    found: dict[int, Logits] = {}
-    for rows, length in padded_batches([len(window) for window in windows], way):
-        ids, mask = np.zeros((2, len(rows), length), np.int64)
-        for row, index in enumerate(rows):
-            ids[row, : len(windows[index])] = windows[index].input_ids
-            mask[row, : len(windows[index])] = 1
-        start, end = seam(ids, mask)
-        for row, index in enumerate(rows):
-            tokens = len(windows[index])
-            found[index] = Logits(start[row, :tokens], end[row, :tokens])
-    return [found[index] for index in range(len(windows))]
 
 
 def questions_of(job: Job) -> list[Example]:
@@ -320,11 +122,12 @@ def prepare(job: Job) -> Callable[[], list[str]]:
     from flaxqa import checkpoint
 
     tokenizer = checkpoint.load(job.model).tokenizer
-    engine = ENGINES[job.engine](job)
+    backend = backends.BACKENDS[ENGINES[job.engine]]
+    engine = backend(job.model, job.dtype, os.cpu_count() or 1)
 
     def run() -> list[str]:
-        windows = features.make(examples, tokenizer, max_length=LENGTH)
-        logits = run_padded(engine.logits, windows, job.way)
+        windows = features.make(examples, tokenizer)
+        logits = engine.run(windows, job.way)
         found = answers.decode_spans(examples, windows, logits)
         return [one[0].text if one else "" for one in found]
 
@@ -385,7 +188,7 @@ def useful_flops(job: Job) -> dict[str, int]:
 
     loaded = checkpoint.load(job.model)
     config = loaded.config
-    windows = features.make(questions_of(job), loaded.tokenizer, max_length=LENGTH)
+    windows = features.make(questions_of(job), loaded.tokenizer)
     lengths = np.array([len(window) for window in windows], np.int64)
     per_token = config.n_layers * 2 * (4 * config.dim**2 + 2 * config.dim * config.hidden_dim)
     attention = config.n_layers * 4 * config.dim
@@ -460,90 +263,61 @@ PREPARE: dict[str, Callable[[Job], Callable[[], Any]]] = {
 }
 
 
-def work(job: Job) -> None:
-    """A worker: one line when it is ready, then one for each line it is sent."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print does not mix with the answers
+def serve(job: Job) -> None:
+    """Does a job again and again, as a worker."""
 
-    def tell(**content: Any) -> None:
-        print(json.dumps(content), file=out, flush=True)
-
-    began = time.perf_counter()
-    try:
+    def start() -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
+        began = time.perf_counter()
         if job.engine == "products":
             rate = products if job.way == "jax" else torch_products
             rate(job.dtype)
-            tell(setup_seconds=time.perf_counter() - began)
-            for _ in sys.stdin:
-                tell(rate=rate(job.dtype))
-            return
+            return {"setup_seconds": time.perf_counter() - began}, lambda: {"rate": rate(job.dtype)}
         run = PREPARE.get(job.engine, prepare)(job)
         first = run()
-        tell(setup_seconds=time.perf_counter() - began, answers=first)
-        for _ in sys.stdin:
+
+        def again() -> dict[str, Any]:
             began = time.perf_counter()
-            again = run()
-            tell(seconds=time.perf_counter() - began, same=again == first)
-    except ModuleNotFoundError as error:
-        tell(absent=f"{error.name} is not installed")
-    except Exception as error:
-        tell(absent=f"{type(error).__name__}: {error}")
+            found = run()
+            return {"seconds": time.perf_counter() - began, "same": found == first}
+
+        return {"setup_seconds": time.perf_counter() - began, "answers": first}, again
+
+    backend = ENGINES.get(job.engine)
+    worker.serve(start, backends.BACKENDS[backend].needs if backend is not None else "")
 
 
-class Worker:
-    """A job in a process of its own."""
+class Measured:
+    """A job in a process of its own, and what each of its rounds gave."""
 
     def __init__(self, job: Job):
         self.job = job
-        self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "eval.throughput", "--worker", json.dumps(vars(job))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, **job.environment},
-        )
-        self.ready = self.read()
+        self.worker = Worker("eval.throughput", vars(job), variables=job.environment)
         self.rounds: list[dict[str, Any]] = []
 
-    def read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None  # noqa: S101 (for the type checker)
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else {"absent": "the process ended"}
-
     def round(self) -> None:
-        assert self.process.stdin is not None  # noqa: S101
-        with contextlib.suppress(BrokenPipeError):  # what then is read says so
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
-        self.rounds.append(self.read())
+        if told := self.worker.ask():
+            self.rounds.append(told)
 
     @property
     def absent(self) -> str | None:
         """Why it has no times, or None."""
-        told = (one["absent"] for one in (self.ready, *self.rounds) if "absent" in one)
-        return next(told, None)
-
-    def close(self) -> None:
-        self.process.kill()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.communicate()
+        return self.worker.absent
 
 
 @contextlib.contextmanager
-def workers(jobs: Sequence[Job], say: Callable[[str], None]) -> Iterator[list[Worker]]:
-    """The workers that came up; each of the others is told of."""
-    started: list[Worker] = []
+def workers(jobs: Sequence[Job], say: Callable[[str], None]) -> Iterator[list[Measured]]:
+    """The jobs, ready; each that did not come up is told of."""
+    started: list[Measured] = []
     try:
         for job in jobs:
             say(f"setting up {job.name}")
-            started.append(Worker(job))
+            started.append(Measured(job))
             if reason := started[-1].absent:
                 say(f"{job.name} is left out: {reason}")
         yield started
     finally:
-        for worker in started:
-            worker.close()
+        for one in started:
+            one.worker.close()
 
 
 def base_checkpoint(like: str, directory: Path) -> None:
@@ -578,7 +352,7 @@ def jobs_of(args: argparse.Namespace, model: str) -> list[Job]:
         if name in OURS:
             jobs.append(Job(name, AS_USED, args.dtype, **common))
         elif name in ENGINES:
-            dtypes = [d for d in ENGINES[name].dtypes if d == args.dtype]
+            dtypes = [d for d in backends.BACKENDS[ENGINES[name]].dtypes if d == args.dtype]
             if name == "onnxruntime" and args.dtype == "bfloat16":
                 dtypes = ["int8"]  # what it has instead
             jobs += [Job(name, way, dtype, **common) for dtype in dtypes for way in args.ways
@@ -602,40 +376,40 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         counts = useful_flops(jobs[0])
         with workers([*jobs, *others], say) as started:
             for number in range(args.rounds):
-                for worker in (one for one in started if one.absent is None):
-                    worker.round()
-                    last = worker.rounds[-1]
-                    value = last.get("seconds") or last.get("rate", 0) / 1e9
-                    say(f"round {number + 1} of {args.rounds}: {worker.job.name} {value:.2f}")
+                for each in started:
+                    each.round()
+                    if each.absent is None:
+                        last = each.rounds[-1]
+                        value = last.get("seconds") or last.get("rate", 0) / 1e9
+                        say(f"round {number + 1} of {args.rounds}: {each.job.name} {value:.2f}")
             return report(args, counts, started)
 
 
 def report(
-    args: argparse.Namespace, counts: dict[str, int], started: Sequence[Worker]
+    args: argparse.Namespace, counts: dict[str, int], started: Sequence[Measured]
 ) -> dict[str, Any]:
     """Everything that was measured, each number in the unit that its name says."""
     rates = [
-        statistics.median(one["rate"] for one in worker.rounds)
-        for worker in started
-        if worker.job.engine == "products" and worker.absent is None
+        statistics.median(one["rate"] for one in each.rounds)
+        for each in started
+        if each.job.engine == "products" and each.absent is None
     ]
     ceiling = max(rates, default=float("nan"))
-    by_name = {worker.job.name: worker for worker in started if not worker.absent}
+    by_name = {each.job.name: each for each in started if not each.absent}
     ours = by_name.get(f"flaxqa {AS_USED} {args.dtype}")
     host = by_name.get(f"host {AS_USED} {args.dtype}")
     rows = []
-    for worker in started:
-        if worker.job.engine in ("products", "host"):
+    for each in started:
+        job = each.job
+        if job.engine in ("products", "host"):
             continue
-        row: dict[str, Any] = {
-            "engine": worker.job.engine, "way": worker.job.way, "dtype": worker.job.dtype,
-        }  # fmt: skip
-        if worker.job.step is not None:
-            row["step"] = worker.job.step
-        if reason := worker.absent:
+        row: dict[str, Any] = {"engine": job.engine, "way": job.way, "dtype": job.dtype}
+        if job.step is not None:
+            row["step"] = job.step
+        if reason := each.absent:
             rows.append(row | {"absent": reason})
             continue
-        seconds = [one["seconds"] for one in worker.rounds]
+        seconds = [one["seconds"] for one in each.rounds]
         median = statistics.median(seconds)
         row |= {
             "seconds": seconds,
@@ -643,28 +417,28 @@ def report(
             "questions_per_second": args.questions / median,
             "useful_gflops_per_second": counts["useful_flops"] / median / 1e9,
             "share_of_products": counts["useful_flops"] / median / ceiling
-            if worker.job.dtype in (args.dtype, "int8")
+            if job.dtype in (args.dtype, "int8")
             else None,
-            "setup_seconds": worker.ready["setup_seconds"],
-            "same_answers_every_round": all(one["same"] for one in worker.rounds),
+            "setup_seconds": each.worker.ready["setup_seconds"],
+            "same_answers_every_round": all(one["same"] for one in each.rounds),
         }
         if ours is not None:
-            pairs = zip(worker.rounds, ours.rounds, strict=True)
+            pairs = zip(each.rounds, ours.rounds, strict=True)
             row["flaxqa_is_faster_by"] = statistics.median(
                 theirs["seconds"] / mine["seconds"] for theirs, mine in pairs
             )
-            theirs, mine = worker.ready["answers"], ours.ready["answers"]
+            theirs, mine = each.worker.ready["answers"], ours.worker.ready["answers"]
             if theirs:  # the predictor alone gives none
                 row["same_answers_as_flaxqa"] = sum(map(str.__eq__, theirs, mine)) / len(mine)
         rows.append(row)
     host_seconds, our_seconds = (
-        statistics.median(one["seconds"] for one in worker.rounds) if worker else float("nan")
-        for worker in (host, ours)
+        statistics.median(one["seconds"] for one in each.rounds) if each else float("nan")
+        for each in (host, ours)
     )
     host_share = host_seconds / our_seconds
     return {
         "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": environment.commit(),
         "size": args.size,
         "dtype": args.dtype,
         "data": Path(args.data).name,
@@ -675,40 +449,10 @@ def report(
         "products_gflops_per_second": ceiling / 1e9,
         "host_seconds": None if math.isnan(host_seconds) else host_seconds,
         "host_share": None if math.isnan(host_share) else host_share,
-        "machine": machine(),
-        "versions": versions(),
+        "machine": environment.machine(),
+        "versions": environment.versions(PACKAGES),
         "engines": rows,
     }
-
-
-def commit() -> str | None:
-    """The commit of this checkout, with "+" where files were changed after it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(  # noqa: S603
-            ["git", *arguments],  # noqa: S607
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def machine() -> dict[str, Any]:
-    name = platform.processor()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        name = next((line.split(":")[1].strip() for line in file if "model name" in line), name)
-    return {"processor": name, "cpus": os.cpu_count(), "system": platform.system()}
-
-
-def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def table(report: dict[str, Any]) -> str:
@@ -763,7 +507,7 @@ def waterfall(report: dict[str, Any], path: Path) -> None:
         axes.barh(place, seconds, color="#1f6feb", height=0.62)
         if before is not None and before > seconds:
             axes.barh(place, before - seconds, left=seconds, color="#d0d7de", height=0.62)
-        gain = "" if before is None else f"   {before / seconds:.2f} x"
+        gain = "" if before is None else f", {before / seconds:.2f} x"
         label = f"{seconds:,.1f} s, {row['questions_per_second']:,.1f} questions/s{gain}"
         right = max(seconds, before or 0.0)
         axes.text(right + 0.01 * rows[0]["median_seconds"], place, label, va="center", fontsize=9)
@@ -820,7 +564,7 @@ def main() -> int:
         print("throughput: --plot is a picture of --steps", file=sys.stderr)
         return 2
     if args.worker:
-        work(Job(**json.loads(args.worker)))
+        serve(Job(**json.loads(args.worker)))
         return 0
 
     def say(text: str) -> None:
