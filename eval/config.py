@@ -96,3 +96,101 @@ class EvalConfig:
         ]
         if problems:
             raise UsageError(all_problems("the config cannot be used", problems))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What backends are measured on, and how."""
+
+    PATHS: ClassVar[tuple[str, ...]] = ("model", "data", "output")
+
+    model: str
+    """Checkpoint: a directory, or a hub id (distilbert/distilbert-base-uncased-distilled-squad)."""
+
+    data: str
+    """Questions: a SQuAD v1.1 or 2.0 JSON file, or a hub data set (rajpurkar/squad)."""
+
+    output: str
+    """Directory for the results; made if missing. Results of an earlier run are replaced."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    split: str = "validation"
+    """Split of a hub data set."""
+
+    data_revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+
+    limit: int | None = 200
+    """Only the first so many questions."""
+
+    scenarios: tuple[Literal["offline", "single", "server"], ...] = ("offline", "single", "server")
+    """offline: all questions at once; single: one after the other; server: at random times."""
+
+    ways: tuple[Literal["shipped", "tuned"], ...] = ("shipped", "tuned")
+    """shipped: batches of 8, padded to 384; tuned: sorted by length, padded to their longest."""
+
+    rounds: int = 5
+    """Interleaved runs of each."""
+
+    sweep: bool = True
+    """Whether to measure throughput by batch size and by length, too."""
+
+    min_seconds: float = 5.0
+    """The least duration of the scenarios single and server."""
+
+    min_queries: int = 100
+    """The least number of their questions."""
+
+    latency_bound: float = 1.0
+    """Seconds in which 99 of 100 questions of the scenario server have to be answered."""
+
+    threads: int | None = None
+    """Of each backend; as many as there are CPUs when left out."""
+
+    seed: int = 0
+    """Of the order and the times at which questions come."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {value}, it must be at least 1"
+            for name in ("limit", "rounds", "min_queries", "threads")
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+        problems += [
+            f"{name} is {value}, it must be a number above 0"
+            for name in ("min_seconds", "latency_bound")
+            if not 0 < (value := getattr(self, name)) < math.inf
+        ]
+        problems += [
+            f"there are no {name}" for name in ("scenarios", "ways") if not getattr(self, name)
+        ]
+        if problems:
+            raise UsageError(all_problems("the config cannot be used", problems))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig(Measurement):
+    """Several backends beside each other."""
+
+    backends: tuple[str, ...] = (
+        "jax", "jax/bfloat16", "torch", "torch/bfloat16", "torch.compile", "onnxruntime",
+        "onnxruntime/int8", "openvino", "openvino/bfloat16", "tensorflow", "jax-hf-style",
+    )  # fmt: skip
+    """The first is what the others' speeds are compared with; name, name/dtype or module:Class."""
+
+    scenarios: tuple[Literal["offline", "single", "server"], ...] = ("offline", "single")
+    """offline: all questions at once; single: one after the other; server: at random times."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchConfig(Measurement):
+    """One backend in all scenarios."""
+
+    backend: str = "jax"
+    """Name, name/dtype or module:Class."""
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        return (self.backend,)

@@ -1,4 +1,4 @@
-"""The command `flaxqa`: ask, predict, eval, score. Results go to stdout, everything else to stderr.
+"""The command `flaxqa`. Results go to stdout, everything else to stderr.
 
 Exit codes: 0 done; 1 an unexpected error; 2 an option, config or data file that cannot be used;
 3 done, with questions or records set aside; 4 a checkpoint that was refused; 5 below the score
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from eval.config import EvalConfig
+from eval.config import BenchConfig, CompareConfig, EvalConfig
+from flaxqa import files
 from flaxqa.config import PredictConfig, read_toml
 from flaxqa.errors import DataError, FlaxqaError, GateNotMet, UsageError
 
@@ -38,6 +39,8 @@ measures it.
   flaxqa predict records.jsonl --model MODEL --output answers
   flaxqa eval --config configs/quickstart.toml
   flaxqa score dev-v1.1.json predictions.json
+  flaxqa compare --config configs/compare.toml --output runs/compare
+  flaxqa export --model MODEL --format onnx --output model.onnx
 
 MODEL is a directory or a hub id. `flaxqa COMMAND --help` explains a command, `flaxqa --version`
 tells the version. Exit codes: 0 done, 2 bad option or data, 3 done but questions or records were
@@ -83,8 +86,7 @@ class Ask:
     """Leave out answers with a lower score."""
 
     no_answer_threshold: float | None = None
-    """Give no answer where the score of "no answer" is above this, from 0 to 1. For models that
-    were trained on unanswerable questions, as those of SQuAD 2.0; 0.5 is the usual rule."""
+    """Give no answer where the score of "no answer" is above this; 0.5 suits SQuAD 2.0's models."""
 
     max_length: int | None = None
     """Tokens of a window; 384, or the checkpoint's positions if those are fewer."""
@@ -129,6 +131,82 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a checkpoint as a file for other runtimes: ONNX, StableHLO, TensorFlow's SavedModel.
+
+    All take input_ids and attention_mask (BERT's token_type_ids, too) of any batch and length, and
+    give start_logits and end_logits. What was written is run, and kept only if its logits are the
+    model's. Piped, what was written is printed as one JSON line.
+    """
+
+    model: str
+    """Checkpoint: a directory, or a hub id (distilbert/distilbert-base-uncased-distilled-squad)."""
+
+    format: Literal["onnx", "stablehlo", "saved_model"]
+    """onnx and stablehlo (jax.export: CPU, CUDA, ROCm, TPU) are files, saved_model is a folder."""
+
+    output: Path
+    """Where to write it."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of weights and operands; only stablehlo has others than float32."""
+
+    overwrite: bool = False
+    """Replace an export that is there."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Do the same work on several backends: the same answers, how good, how fast.
+
+    Every backend gets the same checkpoint, windows and decoder in a process of its own; rounds are
+    interleaved. Writes comparison.json, report.html and summary.md into --output. One that is not
+    installed is told of; one whose answers are not those of the plain float32 model, or that
+    answers otherwise while it is timed, is INVALID. Exit code 3 where one was.
+
+      flaxqa compare --config configs/compare.toml --output runs/compare
+      flaxqa compare --model MODEL --data dev.json --output OUT --backends jax torch mine:Backend
+    """
+
+    config: Path | None = None
+    """TOML file with any of the options below; an option given here wins over the file."""
+
+    comparison: CompareConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure one backend in three scenarios: offline, one question at a time, under random load.
+
+    As `flaxqa compare`, for one.
+
+      flaxqa bench --model MODEL --data dev-v1.1.json --output OUT --backend jax/bfloat16
+    """
+
+    config: Path | None = None
+    """TOML file with any of the options below; an option given here wins over the file."""
+
+    bench: BenchConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Make one page of the results of any runs of eval, compare and bench.
+
+    The page is a single HTML file that loads nothing.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Directories that were the --output of a run."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """Where to write the page."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
     """Score a checkpoint on SQuAD v1.1 or 2.0: exact match, F1 and throughput.
 
@@ -163,20 +241,15 @@ def pairs(of: str, value: Callable[[str], Any]) -> tyro.constructors.PrimitiveCo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction(PredictConfig):
+    """The same, where an option's form on the command line is not that of its type."""
+
     columns: Annotated[dict[str, str], pairs("COLUMN", str)] = dataclasses.field(
         default_factory=dict
     )
-    """What the columns are called, of id, question and context: id=qid context=passage. A record
-    without an id is called by its file and line."""
-
     worker_resources: Annotated[dict[str, float], pairs("NUMBER", float)] = dataclasses.field(
         default_factory=dict
     )
-    """Other resources of each actor of Ray: TPU=4."""
-
     input: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
-    """Files, folders or patterns of JSONL, CSV, TSV, Parquet or SQuAD JSON, text also as .gz or
-    .zst; or a hub data set (rajpurkar/squad)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,6 +288,15 @@ class Predict:
     """Only check that all parts are there, put errors.jsonl together, and write _SUCCESS."""
 
     prediction: Prediction
+
+
+# Of each command that takes --config: its field with the options, and their class.
+CONFIGURED: dict[str, tuple[Any, str, Any]] = {
+    "predict": (Predict, "prediction", Prediction),
+    "eval": (Eval, "evaluation", EvalConfig),
+    "compare": (Compare, "comparison", CompareConfig),
+    "bench": (Bench, "bench", BenchConfig),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -262,27 +344,41 @@ def run(argv: list[str]) -> int:
         return score(command)
     if isinstance(command, Predict):
         return predict(command)
+    if isinstance(command, Export):
+        return write_export(command)
+    if isinstance(command, Compare):
+        return compare(command.comparison)
+    if isinstance(command, Bench):
+        return compare(command.bench)
+    if isinstance(command, Report):
+        return write_report(command)
     return evaluate(command.evaluation)
 
 
 def parse(argv: list[str]) -> Any:
     """The command and its options; the fields of --config FILE are the defaults of the others."""
-    given = option(argv, "--config") if argv[:1] in (["eval"], ["predict"]) else None
-    kind = PredictConfig if argv[:1] == ["predict"] else EvalConfig
-    values = read_toml(given, kind) if given is not None else {}
-    # What finalizes needs only the output.
-    optional = ("input", "model") if "--finalize" in argv else ()
-    required = {
-        name: ((), "")[name != "input"] if name in optional else tyro.MISSING for name in kind.PATHS
-    }
-    settings = {**required, **values}
-    evaluation = Eval(evaluation=EvalConfig(**settings)) if kind is EvalConfig else None
-    prediction = Predict(prediction=Prediction(**settings)) if evaluation is None else None
+    defaults: dict[str, Any] = dict.fromkeys(CONFIGURED)
+    if (name := argv[0] if argv else "") in CONFIGURED:
+        command, field, kind = CONFIGURED[name]
+        given = option(argv, "--config")
+        values = read_toml(given, kind) if given is not None else {}
+        # What finalizes needs only the output.
+        optional = {"input": (), "model": ""} if "--finalize" in argv else {}
+        required = {
+            one.name: optional.get(one.name, tyro.MISSING)
+            for one in dataclasses.fields(kind)
+            if one.default is one.default_factory is dataclasses.MISSING
+        }
+        defaults[name] = command(**{field: kind(**required | values)})
     commands = (
         Annotated[Ask, tyro.conf.subcommand("ask")]
-        | Annotated[Predict, tyro.conf.subcommand("predict", default=prediction)]
-        | Annotated[Eval, tyro.conf.subcommand("eval", default=evaluation)]
+        | Annotated[Predict, tyro.conf.subcommand("predict", default=defaults["predict"])]
+        | Annotated[Eval, tyro.conf.subcommand("eval", default=defaults["eval"])]
         | Annotated[Score, tyro.conf.subcommand("score")]
+        | Annotated[Compare, tyro.conf.subcommand("compare", default=defaults["compare"])]
+        | Annotated[Bench, tyro.conf.subcommand("bench", default=defaults["bench"])]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
     )
     return tyro.cli(
         commands,
@@ -351,6 +447,45 @@ def ask(command: Ask) -> int:
         print(json.dumps(result))
     else:
         show(context, found, found.n_windows)
+    return 0
+
+
+def write_export(command: Export) -> int:
+    from flaxqa import checkpoint, export
+
+    loaded = checkpoint.load(command.model, revision=command.revision, dtype=command.dtype)
+    done = export.export(loaded.model, command.format, command.output, overwrite=command.overwrite)
+    if sys.stdout.isatty():
+        print(
+            f"{done.path}: {done.size:,} bytes; in {done.checked_with} its logits are the model's "
+            f"to {done.difference:.1e}"
+        )
+    else:
+        print(json.dumps({**dataclasses.asdict(done), "path": str(done.path)}))
+    return 0
+
+
+def compare(config: CompareConfig | BenchConfig) -> int:
+    from eval import compare, report
+    from flaxqa.progress import TerminalProgress
+
+    with TerminalProgress() as progress:
+        found = compare.compare(config, progress)
+    output = Path(config.output)
+    report.write([report.read(output)], output / "report.html")
+    files.write_whole(output / "summary.md", report.markdown(found).encode())
+    told = report.markdown(found) if sys.stdout.isatty() else json.dumps(found) + "\n"
+    print(told, end="")
+    print(f"flaxqa: {output / 'report.html'}", file=sys.stderr)
+    verdicts = [row.get("verdict") for row in found["backends"]]
+    return SET_ASIDE if "INVALID" in verdicts or not any(verdicts) else 0
+
+
+def write_report(command: Report) -> int:
+    from eval import report
+
+    report.write([report.read(one) for one in command.runs], command.output)
+    print(f"flaxqa: {command.output}", file=sys.stderr)
     return 0
 
 
@@ -475,7 +610,7 @@ def predict(command: Predict) -> int:
         raise UsageError(" and ".join(f"--{name.replace('_', '-')}" for name in told)
                          + " do not go together")  # fmt: skip
     if command.finalize:
-        return report(batch.finalize(config.output), config.output)
+        return tell(batch.finalize(config.output), config.output)
     with TerminalProgress("records") as progress:
         if command.dry_run:
             return foretell(batch.estimate(config, progress=progress))
@@ -487,7 +622,7 @@ def predict(command: Predict) -> int:
                 done = batch.finalize(config.output)
         else:
             done = batch.predict(config, share=share, restart=command.restart, progress=progress)
-    return report(done, config.output)
+    return tell(done, config.output)
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -497,7 +632,7 @@ def parse_share(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def report(done: Summary, output: str) -> int:
+def tell(done: Summary, output: str) -> int:
     """Tells what a batch run came to."""
     lines = [
         f"{done.records:,} records = {done.answered:,} answered + {done.set_aside:,} set aside"

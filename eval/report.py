@@ -1,0 +1,488 @@
+"""One page of results: comparisons and evaluations as a self-contained HTML file, and as Markdown.
+
+The page loads nothing, neither script nor font nor picture; plots are SVG inside it, in the colours
+of the reader's light or dark scheme. All text from data is escaped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flaxqa import files
+from flaxqa.errors import DataError, UsageError
+
+SHOWN = 50  # disagreements
+INK, LINE = "#00f0fe", "#00f0ff"  # stand for colours of the page, as #00f000 and on for its series
+NOTHING, MINUS = "\u2013", "\u2212"
+AROUND = 160  # characters on both sides of an answer
+SERIES = 10
+
+
+# --- reading ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a directory of results has.
+
+    Attributes:
+      name: of the directory.
+      comparison: content of comparison.json, None if it is an evaluation.
+      metrics: content of metrics.json, None if it is a comparison.
+      run: content of run.json, with `metrics`.
+    """
+
+    name: str
+    comparison: Mapping[str, Any] | None = None
+    metrics: Mapping[str, Any] | None = None
+    run: Mapping[str, Any] | None = None
+
+
+def read(directory: str | Path) -> Run:
+    """The results in a directory of `flaxqa eval`, `compare` or `bench`.
+
+    Raises:
+      UsageError: it has none.
+      DataError: a file is damaged.
+    """
+    directory = Path(directory)
+
+    def content(name: str) -> Any:
+        try:
+            return json.loads((directory / name).read_bytes())
+        except ValueError as error:
+            raise DataError(f"{directory / name} is not JSON: {error}") from error
+        except OSError as error:
+            raise DataError(f"{directory / name} cannot be read: {error.strerror}") from error
+
+    if (directory / "comparison.json").is_file():
+        return Run(directory.name, comparison=content("comparison.json"))
+    if (directory / "metrics.json").is_file():
+        return Run(directory.name, metrics=content("metrics.json"), run=content("run.json"))
+    raise UsageError(f"{directory} has neither comparison.json nor metrics.json")
+
+
+# --- numbers as text ---
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Digits that count: 12,345, 1,234, 123, 12.3, 1.23, 0.123, 1.2e-05."""
+    if value is None:
+        return NOTHING
+    if value == 0:
+        return "0"
+    if abs(value) < 0.001:
+        return f"{value:.1e}"
+    whole = len(str(int(abs(value))))
+    return f"{value:,.{max(digits - whole, 0)}f}" if abs(value) >= 1 else f"{value:.{digits}g}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    return NOTHING if seconds is None else f"{number(1_000 * seconds)} ms"
+
+
+def mebibytes(size: int | None) -> str:
+    return NOTHING if size is None else f"{size / 2**20:,.0f} MiB"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", MINUS)
+
+
+def interval(low: float, high: float) -> str:
+    return f"{signed(low)} to {signed(high)}"
+
+
+# --- what a comparison says in words ---
+
+
+def there(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The backends that were measured."""
+    return [row for row in content["backends"] if "absent" not in row]
+
+
+def speed(row: Mapping[str, Any], way: str = "tuned") -> float:
+    """Questions a second, offline; of the other way where this one was not run, 0 without both."""
+    offline = row["offline"]
+    found: Mapping[str, Any] = offline.get(way) or next(iter(offline.values()), {})
+    return float(found.get("questions_per_second", 0.0))
+
+
+def summary(content: Mapping[str, Any]) -> list[str]:
+    """What one would say of it, a sentence each."""
+    rows = there(content)
+    valid = [row for row in rows if row["verdict"] == "VALID"]
+    exact = [row for row in rows if row["dtype"] == "float32"]
+    said = [
+        f"{len(rows)} of {len(content['backends'])} backends were measured on "
+        f"{content['questions']:,} questions of {content['data']['name']} with "
+        f"{content['model']['name']}, on {content['machine']['cpus']} CPUs of "
+        f"{content['machine']['processor']}."
+    ]
+    if differ := content["float32_logit_differences"]:
+        largest = max(differ.values())
+        same = min(row["parity"]["same_answers"] for row in exact)
+        said.append(
+            f"In float32 the logits of any two backends differ by at most {number(largest)}; "
+            f"{same:.2%} of the answers or more are those of {content['reference']}."
+        )
+    fastest = sorted((row for row in valid if speed(row)), key=speed, reverse=True)
+    for dtype in dict.fromkeys(row["dtype"] for row in fastest):
+        ranked = [row for row in fastest if row["dtype"] == dtype]
+        text = f"Fastest in {dtype} is {ranked[0]['backend']}"
+        text += f" with {number(speed(ranked[0]))} questions/s"
+        if len(ranked) > 1:
+            ratio = speed(ranked[0]) / speed(ranked[1])
+            text += f", {ratio:.2f} times {ranked[1]['backend']}"
+        said.append(text + ".")
+    quick = [row for row in valid if row["single"]]
+    if quick:
+        best = min(quick, key=lambda row: row["single"]["p99"])
+        said.append(
+            f"One question at a time, {best['name']} answers 99 of 100 within "
+            f"{milliseconds(best['single']['p99'])}."
+        )
+    for row in rows:
+        said += [f"{row['name']} is INVALID: {reason}." for reason in row.get("reasons", ())]
+    for row in content["backends"]:
+        if "absent" in row:
+            said.append(f"{row['name']} was not measured: {row['absent']}.")
+    return said
+
+
+def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The main table: its head and its rows, as text."""
+    ways = list(dict.fromkeys(way for row in there(content) for way in row["offline"]))
+    served = any(row["server"] for row in there(content))
+    head = ["backend", "verdict", "EM", "F1", f"F1 {MINUS} reference", "same answers",
+            "logits apart", *(f"questions/s, {way}" for way in ways), "p50", "p99",
+            *(["served/s"] if served else []), "load", "first call", "memory"]  # fmt: skip
+    rows = []
+    for row in content["backends"]:
+        if "absent" in row:
+            rows.append([row["name"], "absent", *[""] * (len(head) - 2)])
+            continue
+        f1 = row["scores"]["f1"]
+        speeds = []
+        for way in ways:
+            one = row["offline"].get(way)
+            speeds.append(NOTHING if one is None else
+                          f"{number(one['questions_per_second'])} "
+                          f"({number(one['lowest'])} to {number(one['highest'])})")  # fmt: skip
+        single, server = row["single"] or {}, row["server"] or {}
+        rows.append([
+            row["name"], row["verdict"], f"{row['scores']['exact_match']['value']:.2f}",
+            f"{f1['value']:.2f}",
+            f"{signed(f1['difference'])} ({interval(*f1['difference_interval'])})",
+            f"{row['parity']['same_answers']:.2%}", number(row["parity"]["largest"]), *speeds,
+            milliseconds(single.get("p50")), milliseconds(single.get("p99")),
+            *([number(server.get("rate"))] if served else []),
+            f"{number(row['load_seconds'])} s", milliseconds(row["first_call_seconds"]),
+            mebibytes(row["peak_memory_bytes"]),
+        ])  # fmt: skip
+    return head, rows
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """A summary for a README."""
+    head, rows = table(content)
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    said = "\n".join(f"- {sentence}" for sentence in summary(content))
+    lines = [line(head), "|" + "---|" * len(head), *(line(row) for row in rows)]
+    return said + "\n\n" + "\n".join(lines) + "\n"
+
+
+# --- plots ---
+
+
+def colour(index: int) -> str:
+    return f"#00f0{index % SERIES:02x}"
+
+
+def svg(figure: Any, name: str) -> str:
+    """A figure as SVG for the page, in its colours and its font."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = text.replace(INK, "var(--ink)").replace(LINE, "var(--line)")
+    text = re.sub(r"#00f0(\d\d)", r"var(--series-\1)", text)
+    text = re.sub(r"font: (\S+) [^;\"]*", r"font-size: \1; font-family: inherit", text)
+    text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', ' class="plot" role="img"', text, count=1)
+    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+
+
+def axes_of(height: float, *, xlabel: str, ylabel: str = "") -> tuple[Any, Any]:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.6, height), layout="constrained")
+    axes.set_xlabel(xlabel, color=INK, fontsize=10)
+    axes.set_ylabel(ylabel, color=INK, fontsize=10)
+    axes.tick_params(colors=INK, labelsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(LINE)
+    axes.patch.set_alpha(0)
+    return figure, axes
+
+
+def bars(
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    *,
+    name: str,
+    xlabel: str,
+    spread: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
+    stacked: bool = False,
+) -> str:
+    """Horizontal bars: for each name one of each series, beside or after one another."""
+    rows = len(names) * (1 if stacked else len(series))
+    figure, axes = axes_of(0.26 * rows + 0.16 * len(names) + 1.0, xlabel=xlabel)
+    size = 0.7 if stacked else 0.8 / len(series)
+    left = [0.0] * len(names)
+    for index, (label, values) in enumerate(series.items()):
+        axes.barh(0, 0, color=colour(index), label=label)  # for the legend
+        for place, value in enumerate(values):
+            if value is None:
+                continue
+            at = place if stacked else place + (index - (len(series) - 1) / 2) * size
+            axes.barh(at, value, size * 0.92, left=left[place], color=colour(index))
+            if stacked:
+                left[place] += value
+            elif spread is not None and (ends := spread[label][place]) is not None:
+                axes.plot(ends, (at, at), color=INK, linewidth=1.2)
+            if not stacked:
+                right = max(value, (spread[label][place] or (0, 0))[1]) if spread else value
+                axes.annotate(f" {number(value)}", (right, at), va="center", color=INK, fontsize=9,
+                              annotation_clip=False)  # fmt: skip
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    if len(series) > 1:
+        legend(axes)
+    if not stacked:
+        axes.margins(x=0.12)
+    return svg(figure, name)
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    name: str,
+    xlabel: str,
+    ylabel: str,
+    log: tuple[bool, bool] = (False, False),
+) -> str:
+    """A curve of each series."""
+    figure, axes = axes_of(3.6, xlabel=xlabel, ylabel=ylabel)
+    marks = "osD^v<>PX*"
+    for index, (label, (x, y)) in enumerate(series.items()):
+        mark = marks[index % len(marks)] if len(x) < 20 else None
+        style = "-" if index < SERIES else "--"
+        axes.plot(x, y, style, color=colour(index), marker=mark, markersize=4, linewidth=1.6,
+                  label=label)  # fmt: skip
+    if log[0]:
+        axes.set_xscale("log")
+        ticks = sorted({value for x, _ in series.values() for value in x})
+        if len(ticks) < 20:
+            axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+            axes.minorticks_off()
+    if log[1]:
+        axes.set_yscale("log")
+    axes.grid(color=LINE, linewidth=0.6)
+    legend(axes)
+    return svg(figure, name)
+
+
+def legend(axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False,
+                labelcolor=INK, fontsize=9)  # fmt: skip
+
+
+def plots(content: Mapping[str, Any]) -> dict[str, str]:
+    """The plots of a comparison under their titles; those with nothing to show are left out."""
+    rows = there(content)
+    names = [row["name"] for row in rows]
+    ways = list(dict.fromkeys(way for row in rows for way in row["offline"]))
+    made: dict[str, str] = {}
+    if ways:
+
+        def offline(row: Mapping[str, Any], way: str, *keys: str) -> Any:
+            one = row["offline"].get(way)
+            return None if one is None else [one[key] for key in keys]
+
+        speeds = {way: [(offline(row, way, "questions_per_second") or [None])[0] for row in rows]
+                  for way in ways}  # fmt: skip
+        spreads = {way: [offline(row, way, "lowest", "highest") for row in rows] for way in ways}
+        made["Throughput, all questions at once"] = bars(
+            names, speeds, name="speed", spread=spreads,
+            xlabel="questions/s; the line is the spread over rounds",
+        )  # fmt: skip
+        way = ways[-1]
+        timed = [row for row in rows if way in row["offline"]]
+        stages = list(timed[0]["offline"][way]["stages"])
+        made[f"Where the time goes, {way}"] = bars(
+            [row["name"] for row in timed],
+            {stage: [100 * row["offline"][way]["stages"][stage] / row["offline"][way]["seconds"]
+                     for row in timed] for stage in stages},
+            name="stages", stacked=True, xlabel="percent of the time from raw text to answers",
+        )  # fmt: skip
+    quick = [row for row in rows if row["single"]]
+    if quick:
+        shares = [*range(1, 100)]
+        made["Latency of one question"] = lines(
+            {row["name"]: (quantiles(row["single"]["latencies"], shares), shares) for row in quick},
+            name="latency", xlabel="milliseconds", ylabel="percent answered", log=(True, False),
+        )  # fmt: skip
+    served = [row for row in rows if row["server"]]
+    if served:
+        made["Latency under load"] = lines(
+            {row["name"]: ([trial["rate"] for trial in row["server"]["trials"]],
+                           [1_000 * trial["p99"] for trial in row["server"]["trials"]])
+             for row in served},
+            name="server", xlabel="questions/s that arrive at random",
+            ylabel="99 of 100 within, milliseconds", log=(True, True),
+        )  # fmt: skip
+    swept = [row for row in rows if row["sweep"]]
+    for title, key, other, fixed, label in (
+        ("Throughput and batch size", "batch", "length", 128, "windows of 128 tokens in a batch"),
+        ("Throughput and length", "length", "batch", 8, "tokens of each of 8 windows"),
+    ):
+        series = {}
+        for row in swept:
+            points = sorted((one[key], one["tokens_per_second"]) for one in row["sweep"]
+                            if one[other] == fixed and "tokens_per_second" in one)  # fmt: skip
+            if points:
+                series[row["name"]] = ([x for x, _ in points], [y for _, y in points])
+        if series:
+            made[title] = lines(
+                series, name=key, xlabel=label, ylabel="tokens/s", log=(True, False)
+            )
+    if any(row["peak_memory_bytes"] for row in rows):
+        sizes = [row["peak_memory_bytes"] and row["peak_memory_bytes"] / 2**20 for row in rows]
+        made["Memory"] = bars(names, {"peak": sizes}, name="memory", xlabel="MiB at the peak")
+    return made
+
+
+def quantiles(seconds: Sequence[float], shares: Sequence[int]) -> list[float]:
+    """Milliseconds."""
+    import numpy as np
+
+    return (1_000 * np.percentile(seconds, shares)).tolist()
+
+
+# --- the page ---
+
+
+def excerpt(context: str, answers: Sequence[str]) -> list[tuple[str, bool]]:
+    """The part of a context around an answer, in pieces; of each whether it is an answer."""
+    found = [(at, text) for text in answers if text and (at := context.find(text)) >= 0]
+    if not found:
+        return [(context[: 2 * AROUND] + (" …" if len(context) > 2 * AROUND else ""), False)]
+    first, last = min(at for at, _ in found), max(at + len(text) for at, text in found)
+    begin, end = max(first - AROUND, 0), min(last + AROUND, len(context))
+    marked = [
+        any(at <= place < at + len(text) for at, text in found) for place in range(begin, end)
+    ]
+    pieces = [("… ", False)] if begin else []
+    place = begin
+    while place < end:
+        stop = place
+        while stop < end and marked[stop - begin] == marked[place - begin]:
+            stop += 1
+        pieces.append((context[place:stop], marked[place - begin]))
+        place = stop
+    return [*pieces, *([(" …", False)] if end < len(context) else [])]
+
+
+def disagreements(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What not all answer alike, as the page shows it."""
+    shown = []
+    for one in content["disagreements"][:SHOWN]:
+        by_text: dict[str, list[str]] = {}
+        for name, text in one["answers"].items():
+            by_text.setdefault(text or "", []).append(name)
+        shown.append({
+            "question": one["question"],
+            "right": one["right"],
+            "pieces": excerpt(one["context"], [*by_text, one["reference"] or ""]),
+            "answers": [
+                {"text": text, "names": names, "reference": text == (one["reference"] or "")}
+                for text, names in by_text.items()
+            ],
+        })  # fmt: skip
+    return shown
+
+
+def evaluations(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]] | None:
+    """A table of the runs of `flaxqa eval`."""
+    rows = []
+    for one in runs:
+        if one.metrics is None or one.run is None:
+            continue
+        metrics, run = one.metrics, one.run
+
+        def score(name: str, metrics: Mapping[str, Any] = metrics) -> str:
+            low, high = metrics[f"{name}_interval"]
+            return f"{metrics[name]:.2f} ({low:.2f} to {high:.2f})"
+
+        rows.append([
+            one.name, run["started"][:16].replace("T", " "), run["config"]["model"],
+            run["data"]["name"], run["platform"]["dtype"], f"{metrics['n_questions']:,}",
+            score("exact_match"), score("f1"), number(metrics["questions_per_second"]),
+        ])  # fmt: skip
+    if not rows:
+        return None
+    head = ["run", "started", "model", "data", "dtype", "questions", "EM", "F1", "questions/s"]
+    return head, rows
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page of some runs."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    compared = [
+        {
+            "name": run.name,
+            "content": run.comparison,
+            "summary": summary(run.comparison),
+            "table": table(run.comparison),
+            "plots": plots(run.comparison),
+            "disagreements": disagreements(run.comparison),
+            "differing": len(run.comparison["disagreements"]),
+            "names": [row["name"] for row in there(run.comparison)],
+        }
+        for run in runs
+        if run.comparison is not None
+    ]
+    template = environment.get_template("report.html")
+    return template.render(compared=compared, evaluated=evaluations(runs), number=number)
+
+
+def write(runs: Sequence[Run], path: str | Path) -> None:
+    """Writes the page.
+
+    Raises:
+      TryAgain: the place cannot be written.
+    """
+    files.write_whole(Path(path), page(runs).encode())

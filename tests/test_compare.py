@@ -1,0 +1,248 @@
+"""Comparing backends: honest ones are VALID, cheats are not, absent ones are told of."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import QUICKSTART
+
+from eval import compare, report
+from eval.config import BenchConfig, CompareConfig
+from flaxqa import cli
+from flaxqa.errors import UsageError
+
+DATA = {"model": str(QUICKSTART / "checkpoint"), "data": str(QUICKSTART / "heldout.json")}
+QUICK = {**DATA, "limit": 12, "rounds": 2, "min_seconds": 0.2, "min_queries": 12}
+CHEATS = '''
+import numpy as np
+from eval.backends import Jax
+from flaxqa.predict import Logits
+
+
+class EveryTenth(Jax):
+    """Gives every tenth window the logits of another answer."""
+
+    def run(self, windows, way):
+        found = super().run(windows, way)
+        return [Logits(-one.start, -one.end) if index % 10 == 0 else one
+                for index, one in enumerate(found)]
+
+
+class OnceAnswered(Jax):
+    """Keeps what it computed."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.kept = {}
+
+    def run(self, windows, way):
+        new = [one for one in windows if one.input_ids.tobytes() not in self.kept]
+        for window, logits in zip(new, super().run(new, way) if new else [], strict=True):
+            self.kept[window.input_ids.tobytes()] = logits
+        return [self.kept[one.input_ids.tobytes()] for one in windows]
+
+
+class HalfInTimedRuns(Jax):
+    """Leaves out every second window once the accuracy run is over."""
+
+    seen = 0
+
+    def run(self, windows, way):
+        self.seen += len(windows)
+        if self.seen <= 20:
+            return super().run(windows, way)
+        found = super().run(windows[::2], way)
+        nothing = [Logits(np.zeros(len(one), np.float32), np.zeros(len(one), np.float32))
+                   for one in windows[1::2]]
+        both = [None] * len(windows)
+        both[::2], both[1::2] = found, nothing
+        return both
+
+
+class Missing(Jax):
+    needs = "some-package"
+
+    def __init__(self, *arguments):
+        import a_package_that_is_missing
+
+
+class Dies(Jax):
+    def run(self, windows, way):
+        if way == "shipped":
+            raise SystemExit
+        return super().run(windows, way)
+'''
+
+
+@pytest.fixture(scope="module")
+def cheats(tmp_path_factory):
+    """The module of the cheats, for this process and for the workers."""
+    folder = tmp_path_factory.mktemp("cheats")
+    (folder / "cheats.py").write_text(CHEATS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", str(folder))
+        yield
+
+
+NAMES = ("jax", "torch", "cheats:EveryTenth", "cheats:OnceAnswered", "cheats:HalfInTimedRuns",
+         "cheats:Missing", "cheats:Dies")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(cheats, tmp_path_factory):
+    output = tmp_path_factory.mktemp("compared")
+    config = CompareConfig(**QUICK, output=str(output), backends=NAMES, sweep=False)
+    return compare.compare(config), output
+
+
+@pytest.fixture
+def rows(compared):
+    return {row["name"].partition("/")[0]: row for row in compared[0]["backends"]}
+
+
+def test_honest_backends_are_valid_and_agree(compared, rows):
+    for name in ("jax", "torch"):
+        assert rows[name]["verdict"] == "VALID", rows[name]["reasons"]
+        assert rows[name]["parity"]["largest"] < 1e-4
+        assert rows[name]["parity"]["same_answers"] == 1
+        assert rows[name]["scores"]["f1"]["difference_interval"] == [0, 0]
+    assert compared[0]["float32_logit_differences"]["jax/float32 - torch/float32"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("cheats:EveryTenth", "logits differ from the reference's by"),
+        ("cheats:EveryTenth", "of the answers are the reference's"),
+        ("cheats:OnceAnswered", "answers are kept"),
+        ("cheats:HalfInTimedRuns", "answers in timed runs are not those of the accuracy run"),
+        ("cheats:Dies", "it ended before it was measured: the process ended"),
+    ],
+)
+def test_a_cheat_is_invalid_and_the_reason_is_told(rows, name, told):
+    assert rows[name]["verdict"] == "INVALID"
+    assert any(told in reason for reason in rows[name]["reasons"]), rows[name]["reasons"]
+
+
+def test_a_backend_that_is_not_installed_is_told_of_with_what_installs_it(rows):
+    absent = rows["cheats:Missing"]["absent"]
+    assert absent == "a_package_that_is_missing is not installed: pip install some-package"
+
+
+def test_every_round_is_kept_and_the_numbers_are_of_them(compared, rows):
+    for name in ("jax", "torch"):
+        for way in ("shipped", "tuned"):
+            offline = rows[name]["offline"][way]
+            totals = [sum(one.values()) for one in offline["rounds"]]
+            assert len(totals) == 2
+            assert offline["seconds"] == pytest.approx(np.mean(totals))
+            assert offline["questions_per_second"] == pytest.approx(12 / offline["seconds"])
+            assert offline["lowest"] <= offline["questions_per_second"] <= offline["highest"]
+        single = rows[name]["single"]
+        assert single["queries"] == len(single["latencies"]) >= 12
+        assert 0 < single["p50"] <= single["p90"] <= single["p99"] <= max(single["latencies"])
+        assert rows[name]["peak_memory_bytes"] > 50 * 2**20
+        assert rows[name]["load_seconds"] > 0 < rows[name]["first_call_seconds"]
+    assert rows["jax"]["offline"]["tuned"]["slower_than_first"] == 1
+    mine, theirs = (
+        [sum(one.values()) for one in rows[name]["offline"]["tuned"]["rounds"]]
+        for name in ("jax", "torch")
+    )
+    wanted = np.median(np.array(theirs) / np.array(mine))
+    assert rows["torch"]["offline"]["tuned"]["slower_than_first"] == pytest.approx(wanted)
+
+
+def test_the_disagreements_are_those_of_the_cheats(compared, rows):
+    found = compared[0]["disagreements"]
+    assert 1 <= len(found) <= 2
+    for one in found:
+        assert one["answers"]["jax/float32"] == one["reference"]
+        assert one["answers"]["cheats:EveryTenth/float32"] != one["reference"]
+
+
+def test_groups_have_every_question_once(compared):
+    for groups in compared[0]["groups"].values():
+        assert sum(group["questions"] for group in groups) == 12
+    whole = {row["name"]: row["scores"]["f1"]["value"]
+             for row in compared[0]["backends"] if "scores" in row}  # fmt: skip
+    for groups in compared[0]["groups"].values():
+        for name, f1 in whole.items():
+            parts = [one["questions"] * one["scores"][name]["f1"] for one in groups]
+            assert sum(parts) / 12 == pytest.approx(f1)
+
+
+def test_the_file_has_what_is_returned(compared):
+    assert json.loads((compared[1] / "comparison.json").read_text()) == compared[0]
+
+
+def test_the_page_of_the_comparison_names_the_cheats(compared):
+    page = report.page([report.read(compared[1])])
+    assert page.count('class="INVALID"') == 4
+    assert "cheats:Missing/float32 was not measured" in page
+
+
+def test_bench_finds_the_highest_rate_that_keeps_the_bound(tmp_path, monkeypatch, capsys):
+    command = ["bench", *(f"--{name}={value}" for name, value in DATA.items()), "--limit", "8",
+               "--rounds", "1", "--min-seconds", "0.3", "--min-queries", "10", "--no-sweep",
+               "--latency-bound", "0.5", "--output", str(tmp_path)]  # fmt: skip
+    assert cli.run(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    (row,) = found["backends"]
+    assert row["name"] == "jax/float32"
+    assert row["verdict"] == "VALID"
+    server = row["server"]
+    assert server["rate"] == max(one["rate"] for one in server["trials"] if one["p99"] <= 0.5)
+    assert [one["rate"] for one in server["trials"]] == sorted(
+        one["rate"] for one in server["trials"]
+    )
+    for name in ("comparison.json", "report.html", "summary.md"):
+        assert (tmp_path / name).stat().st_size > 500
+
+
+def test_the_rates_that_are_tried_close_in_on_the_highest():
+    class Worker:
+        """Keeps the bound up to 37 questions a second."""
+
+        absent = None
+
+        def ask(self, command, *arguments):
+            if command == "single":
+                return {"latencies": [0.1]}
+            return {"rate": arguments[0], "latencies": [0.2 if arguments[0] <= 37 else 2.0]}
+
+    one = compare.Contestant(None, Worker())
+    compare.find_rate(one, BenchConfig(**DATA, output="", latency_bound=1.0))
+    rates = [trial["rate"] for trial in one.server]
+    assert rates == pytest.approx([10, 20, 40, 30, 35, 37.5])
+
+
+def test_paired_differences_have_narrower_intervals_than_the_scores():
+    rng = np.random.default_rng(0)
+    own = rng.random(400)
+    found = compare.difference_interval(own, own - 0.01)
+    assert found["difference"] == pytest.approx(1.0)
+    assert found["difference_interval"] == pytest.approx((1.0, 1.0))
+    low, high = compare.difference_interval(own, rng.random(400))["difference_interval"]
+    assert low < 0 < high
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"backends": ("torch/int8",)}, "'torch' computes in float32, bfloat16, not 'int8'"),
+        ({"backends": ("keras",)}, "backend 'keras' is not one of"),
+    ],
+)
+def test_a_backend_that_cannot_be_is_refused_before_anything_is_done(tmp_path, change, told):
+    with pytest.raises(UsageError, match=told):
+        compare.compare(CompareConfig(**QUICK, output=str(tmp_path / "new"), **change))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"rounds": 0}, {"min_seconds": 0.0}, {"scenarios": ()}, {"latency_bound": np.inf}]
+)
+def test_settings_that_measure_nothing_are_refused(change):
+    with pytest.raises(UsageError, match=next(iter(change))):
+        CompareConfig(**{**QUICK, "output": "", **change})

@@ -1,0 +1,198 @@
+"""The page of results: whole, escaped, and loading nothing."""
+
+import html.parser
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from eval import report
+from flaxqa import cli
+from flaxqa.errors import DataError, UsageError
+
+EVIL = '<script>alert("x")</script> & <b>'
+
+
+def scores(exact, f1, difference=0.0):
+    return {
+        name: {"value": value, "interval": [value - 1, value + 1], "difference": difference,
+               "difference_interval": [difference - 1, difference + 1]}
+        for name, value in (("exact_match", exact), ("f1", f1))
+    }  # fmt: skip
+
+
+def backend(name, speed, **change):
+    stages = {"tokenize": 0.1, "compute": 0.8, "decode": 0.1}
+    offline = {"rounds": [stages], "seconds": 1.0, "questions_per_second": speed, "stages": stages,
+               "lowest": speed - 1, "highest": speed + 2, "slower_than_first": 1.0}  # fmt: skip
+    latencies = [0.01, 0.02, 0.03]
+    return {
+        "name": f"{name}/float32", "backend": name, "dtype": "float32", "verdict": "VALID",
+        "reasons": [], "load_seconds": 1.5, "first_call_seconds": 0.2, "peak_memory_bytes": 2**28,
+        "parity": {"largest": 2e-5, "mean": 1e-6, "same_answers": 1.0}, "scores": scores(70, 80),
+        "offline": {"shipped": offline, "tuned": offline},
+        "single": {"queries": 3, "p50": 0.02, "p90": 0.03, "p99": 0.03, "latencies": latencies},
+        "server": {"bound": 1.0, "rate": 20.0, "trials": [
+            {"rate": 20.0, "queries": 9, "p50": 0.1, "p90": 0.2, "p99": 0.3}]},
+        "sweep": [{"batch": 8, "length": 128, "tokens_per_second": 1e4},
+                  {"batch": 8, "length": 384, "tokens_per_second": 9e3}],
+        "audit": {"different": 1.0, "same": 1.0}, **change,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def content():
+    """A comparison in which every text is one that would break a page."""
+    rows = [
+        backend("jax", 100.0),
+        backend("torch", 50.0),
+        backend(EVIL, 10.0, verdict="INVALID", reasons=[f"it says {EVIL}"]),
+        {"name": "tensorflow/float32", "backend": "tensorflow", "dtype": "float32",
+         "absent": "tensorflow is not installed: pip install tensorflow-cpu"},
+    ]  # fmt: skip
+    names = [row["name"] for row in rows[:3]]
+    one = {"exact_match": 70.0, "f1": 80.0}
+    return {
+        "measured": "2026-01-01T00:00:00+00:00", "commit": None, "reference": "jax-model/float32",
+        "config": {"rounds": 5}, "model": {"name": EVIL}, "data": {"name": EVIL},
+        "questions": 1_200, "set_aside": 0, "tokens": 99,
+        "machine": {"processor": EVIL, "cpus": 2}, "versions": {"jax": "1", "torch": None},
+        "backends": rows, "float32_logit_differences": {f"{names[0]} - {names[1]}": 3e-5},
+        "groups": {"question word": [
+            {"group": EVIL, "questions": 7, "scores": dict.fromkeys(names, one)}]},
+        "disagreements": [{
+            "id": "1", "question": EVIL, "context": f"{'long ' * 99}Turin, {EVIL}, and Rome",
+            "right": [EVIL], "reference": "Turin",
+            "answers": {names[0]: "Turin", names[1]: "Rome", names[2]: EVIL}}],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def page(content):
+    return report.page([report.Run("run", comparison=content)])
+
+
+class Reader(html.parser.HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.open, self.text, self.marked = [], [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "path", "use", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.open and self.open[-1] == "mark":
+            self.marked.append(data)
+
+
+def test_all_text_is_escaped(page):
+    read = Reader(page)
+    assert "script" not in {tag for tag, _ in read.tags}
+    assert not any(name.startswith("on") for _, attributes in read.tags for name in attributes)
+    assert EVIL in "".join(read.text)
+    assert not read.open
+
+
+def test_the_page_loads_nothing(page):
+    read = Reader(page)
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in read.tags}
+    for _, attributes in read.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "data"):
+            assert (attributes.get(name) or "#").startswith("#")
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+
+
+def test_plots_are_there_in_the_colours_of_the_page(page):
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(drawings) == 7
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)  # noqa: S314 (our own)
+        assert "var(--ink)" in drawing
+        assert "#00f0" not in drawing
+        assert 'class="plot"' in drawing
+    assert page.count("--paper:") == 2  # light and dark
+
+
+def test_the_summary_says_what_matters(content):
+    said = report.summary(content)
+    assert said[0].startswith("3 of 4 backends were measured on 1,200 questions of ")
+    assert "differ by at most 3.0e-05; 100.00%" in said[1]
+    assert said[2] == "Fastest in float32 is jax with 100 questions/s, 2.00 times torch."
+    assert said[3] == "One question at a time, jax/float32 answers 99 of 100 within 30.0 ms."
+    assert said[4] == f"{EVIL}/float32 is INVALID: it says {EVIL}."
+    assert said[5].startswith("tensorflow/float32 was not measured: tensorflow is not installed: ")
+
+
+def test_answers_are_marked_in_their_context(page):
+    read = Reader(page)
+    assert read.marked == ["Turin", EVIL, "Rome"]
+    around = "".join(read.text)
+    assert "… long long" in around or "… ong long" in around or re.search(r"… \w* ?long", around)
+    assert "Turin: jax/float32" in re.sub(r"\s*\(the reference's\)", "", around)
+
+
+def test_an_answer_that_is_not_in_the_context_marks_nothing():
+    assert report.excerpt("a b c", ["x", ""]) == [("a b c", False)]
+    assert report.excerpt("a b c", ["b"]) == [("a ", False), ("b", True), (" c", False)]
+    assert report.excerpt("a b c", ["a b", "b c"]) == [("a b c", True)]
+
+
+def test_markdown_has_a_row_for_each_backend(content):
+    content["backends"][2]["name"] = "a|b"
+    lines = report.markdown(content).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 2 + 4
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+    assert "a\\|b" in rows[4]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12_345.6, "12,346"), (123.4, "123"), (12.34, "12.3"), (0.1234, "0.123"), (1.2e-5, "1.2e-05"),
+     (0, "0"), (None, "\u2013"), (-3.21, "-3.21")],
+)  # fmt: skip
+def test_numbers_have_the_digits_that_count(value, text):
+    assert report.number(value) == text
+
+
+def test_runs_of_eval_come_in_a_table(tmp_path, content):
+    metrics = {"n_questions": 559, "questions_per_second": 248.0, "exact_match": 76.9, "f1": 84.1,
+               "exact_match_interval": [73.3, 80.3], "f1_interval": [81.3, 86.7]}  # fmt: skip
+    run = {"started": "2026-01-02T03:04:05+00:00", "config": {"model": EVIL},
+           "data": {"name": "dev"}, "platform": {"dtype": "float32"}}  # fmt: skip
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "run.json").write_text(json.dumps(run))
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third" / "comparison.json").write_text(json.dumps(content))
+    page = tmp_path / "page.html"
+    names = [str(tmp_path / name) for name in ("first", "second", "third")]
+    assert cli.run(["report", *names, "--output", str(page)]) == 0
+    text = "".join(Reader(page.read_text()).text)
+    assert "84.10 (81.30 to 86.70)" in text
+    assert text.index("third") < text.index("first") < text.index("second")
+
+
+def test_a_directory_without_results_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"neither comparison.json nor metrics.json"):
+        report.read(tmp_path)
+    (tmp_path / "comparison.json").write_text("{")
+    with pytest.raises(DataError, match=r"comparison.json is not JSON"):
+        report.read(tmp_path)
