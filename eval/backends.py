@@ -11,9 +11,10 @@ A backend of your own is a subclass of `Backend` named as `module:Class`.
 from __future__ import annotations
 
 import abc
-import importlib
+import importlib.util
 import inspect
-import tempfile
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,9 +45,17 @@ class Backend(abc.ABC):
     needs: ClassVar[str] = ""
     length = LENGTH
 
+    @classmethod
+    def prepare(cls, model: str, dtype: str, folder: str) -> str:
+        """Makes of a checkpoint directory what the constructor takes, in a folder.
+
+        This is not part of the time to load it. As it is, the constructor takes the directory.
+        """
+        return model
+
     @abc.abstractmethod
     def __init__(self, model: str, dtype: str, threads: int):
-        """Loads a checkpoint directory.
+        """Loads what `prepare` gave.
 
         Raises:
           ImportError: a package is not installed.
@@ -214,11 +223,24 @@ class TorchCompile(Torch):
         return self.torch.no_grad()  # freezing does not work in inference mode
 
 
-def onnx_file(model: str, folder: Path) -> Path:
-    """flaxqa's ONNX export of a checkpoint directory."""
-    from flaxqa import checkpoint, export
+def python(script: str, *arguments: str) -> None:
+    """Runs a script in a process of its own, so that its memory and time are not a backend's.
 
-    return export.export(checkpoint.load(model).model, "onnx", folder / "model.onnx").path
+    Raises:
+      RuntimeError: it failed; has the last line of what it said.
+    """
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["a script failed"])[-1])
+
+
+def export(model: str, format: str, folder: str) -> str:
+    """`flaxqa export` of a checkpoint directory."""
+    path = str(Path(folder) / format)
+    options = ("--model", model, "--format", format, "--output", path)
+    python("from flaxqa.cli import main; main()", "export", *options)
+    return path
 
 
 class OnnxRuntime(Padded):
@@ -227,21 +249,25 @@ class OnnxRuntime(Padded):
     dtypes = ("float32", "int8")
     needs = "onnx onnxruntime"
 
+    @classmethod
+    def prepare(cls, model: str, dtype: str, folder: str) -> str:
+        import onnxruntime  # noqa: F401 (or it would be missed only after the export)
+
+        path = export(model, "onnx", folder)
+        if dtype != "int8":
+            return path
+        script = "import sys; from onnxruntime.quantization import quantize_dynamic as quantize; "
+        python(script + "quantize(*sys.argv[1:])", path, f"{path}.int8")
+        return f"{path}.int8"
+
     def __init__(self, model: str, dtype: str, threads: int):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        with tempfile.TemporaryDirectory() as folder:
-            path = onnx_file(model, Path(folder))
-            if dtype == "int8":
-                from onnxruntime.quantization import quantize_dynamic
-
-                quantize_dynamic(path, path.with_suffix(".int8"))
-                path = path.with_suffix(".int8")
-            self.session = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
-            )
+        self.session = onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"]
+        )
         self.names = [one.name for one in self.session.get_inputs()]
 
     def logits(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -255,6 +281,12 @@ class OpenVino(Padded):
     dtypes = ("float32", "bfloat16")
     needs = "onnx openvino"
 
+    @classmethod
+    def prepare(cls, model: str, dtype: str, folder: str) -> str:
+        import openvino  # noqa: F401
+
+        return export(model, "onnx", folder)
+
     def __init__(self, model: str, dtype: str, threads: int):
         import openvino
 
@@ -263,9 +295,8 @@ class OpenVino(Padded):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
         }
-        with tempfile.TemporaryDirectory() as folder:
-            path = onnx_file(model, Path(folder))
-            compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(model), "CPU", settings)
         self.names = [one.get_any_name() for one in compiled.inputs]
         self.request = compiled.create_infer_request()
 
@@ -280,18 +311,19 @@ class TensorFlow(Padded):
 
     needs = "tensorflow-cpu"
 
+    @classmethod
+    def prepare(cls, model: str, dtype: str, folder: str) -> str:
+        if importlib.util.find_spec("tensorflow") is None:
+            raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
+        return export(model, "saved_model", folder)
+
     def __init__(self, model: str, dtype: str, threads: int):
         import tensorflow as tf
 
-        from flaxqa import checkpoint, export
-
         tf.config.threading.set_intra_op_parallelism_threads(threads)
-        with tempfile.TemporaryDirectory() as folder:
-            loaded = checkpoint.load(model).model
-            path = export.export(loaded, "saved_model", Path(folder) / "model").path
-            self.loaded = tf.saved_model.load(str(path))  # or its variables would go with it
-        self.tf, self.serve = tf, self.loaded.signatures["serving_default"]
-        self.names = export.inputs_of(loaded.config)
+        self.tf, self.loaded = tf, tf.saved_model.load(model)
+        self.serve = self.loaded.signatures["serving_default"]
+        self.names = list(self.serve.structured_input_signature[1])
 
     def logits(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         tf = self.tf
@@ -312,6 +344,12 @@ BACKENDS: dict[str, type[Backend]] = {
     "openvino": OpenVino,
     "tensorflow": TensorFlow,
 }
+
+
+def load(name: str, model: str, dtype: str, threads: int, folder: str) -> Backend:
+    """A backend with a checkpoint directory; see `Backend`."""
+    kind = backend_of(name)
+    return kind(kind.prepare(model, dtype, folder), dtype, threads)
 
 
 def backend_of(name: str) -> type[Backend]:

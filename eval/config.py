@@ -13,8 +13,8 @@ from flaxqa.errors import UsageError, all_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """One evaluation of a checkpoint on a SQuAD v1.1 or 2.0 data set."""
+class Subject:
+    """A checkpoint and the questions that it is asked."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("model", "data", "output")
 
@@ -28,7 +28,7 @@ class EvalConfig:
     """Directory for the results; made if missing. Results of an earlier run are replaced."""
 
     revision: str | None = None
-    """Branch, tag or commit of a hub model. The commit it resolves to is in run.json."""
+    """Branch, tag or commit of a hub model. The commit it resolves to is in the results."""
 
     split: str = "validation"
     """Split of a hub data set."""
@@ -38,6 +38,11 @@ class EvalConfig:
 
     limit: int | None = None
     """Only the first so many questions. The scores are then those of this part alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig(Subject):
+    """One evaluation of a checkpoint on a SQuAD v1.1 or 2.0 data set."""
 
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     """Of weights and operands; sums, norms and softmax are float32 in any case. auto is bfloat16 on
@@ -99,28 +104,8 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measurement:
+class Measurement(Subject):
     """What backends are measured on, and how."""
-
-    PATHS: ClassVar[tuple[str, ...]] = ("model", "data", "output")
-
-    model: str
-    """Checkpoint: a directory, or a hub id (distilbert/distilbert-base-uncased-distilled-squad)."""
-
-    data: str
-    """Questions: a SQuAD v1.1 or 2.0 JSON file, or a hub data set (rajpurkar/squad)."""
-
-    output: str
-    """Directory for the results; made if missing. Results of an earlier run are replaced."""
-
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-
-    split: str = "validation"
-    """Split of a hub data set."""
-
-    data_revision: str | None = None
-    """Branch, tag or commit of a hub data set."""
 
     limit: int | None = 200
     """Only the first so many questions."""
@@ -138,10 +123,10 @@ class Measurement:
     """Whether to measure throughput by batch size and by length, too."""
 
     min_seconds: float = 5.0
-    """The least duration of the scenarios single and server."""
+    """The least duration of each scenario."""
 
     min_queries: int = 100
-    """The least number of their questions."""
+    """The least number of questions of each scenario."""
 
     latency_bound: float = 1.0
     """Seconds in which 99 of 100 questions of the scenario server have to be answered."""

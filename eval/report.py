@@ -83,8 +83,10 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{max(digits - whole, 0)}f}" if abs(value) >= 1 else f"{value:.{digits}g}"
 
 
-def milliseconds(seconds: float | None) -> str:
-    return NOTHING if seconds is None else f"{number(1_000 * seconds)} ms"
+def took(seconds: float | None) -> str:
+    if seconds is None:
+        return NOTHING
+    return f"{number(seconds)} s" if seconds >= 1 else f"{number(1_000 * seconds)} ms"
 
 
 def mebibytes(size: int | None) -> str:
@@ -146,7 +148,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         best = min(quick, key=lambda row: row["single"]["p99"])
         said.append(
             f"One question at a time, {best['name']} answers 99 of 100 within "
-            f"{milliseconds(best['single']['p99'])}."
+            f"{took(best['single']['p99'])}."
         )
     for row in rows:
         said += [f"{row['name']} is INVALID: {reason}." for reason in row.get("reasons", ())]
@@ -160,9 +162,9 @@ def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The main table: its head and its rows, as text."""
     ways = list(dict.fromkeys(way for row in there(content) for way in row["offline"]))
     served = any(row["server"] for row in there(content))
-    head = ["backend", "verdict", "EM", "F1", f"F1 {MINUS} reference", "same answers",
-            "logits apart", *(f"questions/s, {way}" for way in ways), "p50", "p99",
-            *(["served/s"] if served else []), "load", "first call", "memory"]  # fmt: skip
+    head = ["backend", "verdict", "EM", "F1", *(f"questions/s, {way}" for way in ways),
+            "p50", "p99", *(["served/s"] if served else []), "same answers", "logits apart",
+            f"F1 {MINUS} reference", "load", "first call", "memory"]  # fmt: skip
     rows = []
     for row in content["backends"]:
         if "absent" in row:
@@ -178,12 +180,12 @@ def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         single, server = row["single"] or {}, row["server"] or {}
         rows.append([
             row["name"], row["verdict"], f"{row['scores']['exact_match']['value']:.2f}",
-            f"{f1['value']:.2f}",
-            f"{signed(f1['difference'])} ({interval(*f1['difference_interval'])})",
-            f"{row['parity']['same_answers']:.2%}", number(row["parity"]["largest"]), *speeds,
-            milliseconds(single.get("p50")), milliseconds(single.get("p99")),
+            f"{f1['value']:.2f}", *speeds,
+            took(single.get("p50")), took(single.get("p99")),
             *([number(server.get("rate"))] if served else []),
-            f"{number(row['load_seconds'])} s", milliseconds(row["first_call_seconds"]),
+            f"{row['parity']['same_answers']:.2%}", number(row["parity"]["largest"]),
+            f"{signed(f1['difference'])} ({interval(*f1['difference_interval'])})",
+            took(row["load_seconds"]), took(row["first_call_seconds"]),
             mebibytes(row["peak_memory_bytes"]),
         ])  # fmt: skip
     return head, rows
@@ -269,8 +271,8 @@ def bars(
                 axes.plot(ends, (at, at), color=INK, linewidth=1.2)
             if not stacked:
                 right = max(value, (spread[label][place] or (0, 0))[1]) if spread else value
-                axes.annotate(f" {number(value)}", (right, at), va="center", color=INK, fontsize=9,
-                              annotation_clip=False)  # fmt: skip
+                axes.annotate(number(value), (right, at), (4, 0), textcoords="offset points",
+                              va="center", color=INK, fontsize=9)  # fmt: skip
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     if len(series) > 1:
@@ -298,12 +300,16 @@ def lines(
                   label=label)  # fmt: skip
     if log[0]:
         axes.set_xscale("log")
-        ticks = sorted({value for x, _ in series.values() for value in x})
-        if len(ticks) < 20:
-            axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
-            axes.minorticks_off()
+        places = sorted({value for x, _ in series.values() for value in x})
+        if len(places) >= 20:  # not some sizes that were chosen, but all kinds of values
+            places = [step * 10**power for power in range(-3, 7) for step in (1, 2, 5)
+                      if places[0] <= step * 10**power <= places[-1]]  # fmt: skip
+        axes.set_xticks(places, [f"{place:,g}" for place in places])
+        axes.minorticks_off()
     if log[1]:
         axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(color=LINE, linewidth=0.6)
     legend(axes)
     return svg(figure, name)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import squad
-from eval.config import EvalConfig, Measurement
+from eval.config import EvalConfig, Subject
 from flaxqa import answers, files, reader
 from flaxqa.answers import Answer, Answers
 from flaxqa.errors import DataError, TryAgain
@@ -136,7 +136,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
     return metrics
 
 
-def read_data(config: EvalConfig | Measurement) -> tuple[squad.Data, dict[str, Any]]:
+def read_data(config: Subject) -> tuple[squad.Data, dict[str, Any]]:
     """The questions, cut to `limit`, and where they came from."""
     path = Path(config.data)
     source: dict[str, Any] = {"name": config.data}

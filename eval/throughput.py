@@ -122,10 +122,11 @@ def prepare(job: Job) -> Callable[[], list[str]]:
     from flaxqa import checkpoint
 
     tokenizer = checkpoint.load(job.model).tokenizer
-    backend = backends.BACKENDS[ENGINES[job.engine]]
-    engine = backend(job.model, job.dtype, os.cpu_count() or 1)
+    folder = tempfile.TemporaryDirectory()
+    cpus = os.cpu_count() or 1
+    engine = backends.load(ENGINES[job.engine], job.model, job.dtype, cpus, folder.name)
 
-    def run() -> list[str]:
+    def run(folder: Any = folder) -> list[str]:  # which lives as long
         windows = features.make(examples, tokenizer)
         logits = engine.run(windows, job.way)
         found = answers.decode_spans(examples, windows, logits)

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Worker:
           variables: of its environment, besides those of this process.
           log: file for what it prints otherwise; None to drop that.
         """
+        self.folder = tempfile.TemporaryDirectory(prefix="flaxqa-")  # for all that it leaves
         with open(log if log is not None else os.devnull, "ab") as errors:
             self.process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-m", module, "--worker", json.dumps(dict(job))],
@@ -49,7 +51,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, **variables},
+                env={**os.environ, "TMPDIR": self.folder.name, **variables},
             )
         self.absent: str | None = None
         self.ready = self.read()
@@ -75,6 +77,7 @@ class Worker:
         self.process.kill()
         with contextlib.suppress(BrokenPipeError):
             self.process.communicate()
+        self.folder.cleanup()
 
 
 def serve(start: Callable[[], tuple[Told, Callable[..., Told]]], needs: str = "") -> None:

@@ -20,19 +20,23 @@ def windows():
 
 
 @pytest.fixture(scope="module")
-def wanted(windows):
-    return BACKENDS["jax-model"](MODEL, "float32", 2).run(windows, "tuned")
+def wanted(windows, tmp_path_factory):
+    return load("jax-model", "float32", tmp_path_factory.mktemp("wanted")).run(windows, "tuned")
+
+
+def load(name, dtype, folder):
+    return backends.load(name, MODEL, dtype, 2, str(folder))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own parts
 @pytest.mark.parametrize("way", ["shipped", "tuned", "whole"])
 @pytest.mark.parametrize("name", [*BACKENDS])
-def test_every_backend_gives_the_logits_of_the_plain_model(windows, wanted, name, way):
+def test_every_backend_gives_the_logits_of_the_plain_model(tmp_path, windows, wanted, name, way):
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name], reason=f"{PACKAGES[name]} is not installed")
     if name == "torch.compile" and way != "tuned":
         pytest.skip("compiling takes long")
-    found = BACKENDS[name](MODEL, "float32", 2).run(windows, way)
+    found = load(name, "float32", tmp_path).run(windows, way)
     for one, theirs in zip(found, wanted, strict=True):
         assert one.start.shape == theirs.start.shape
         assert np.abs(one.start - theirs.start).max() < 1e-4
@@ -42,8 +46,8 @@ def test_every_backend_gives_the_logits_of_the_plain_model(windows, wanted, name
 @pytest.mark.parametrize(
     ("name", "dtype"), [("jax", "bfloat16"), ("torch", "bfloat16"), ("onnxruntime", "int8")]
 )
-def test_other_dtypes_are_near_and_not_the_same(windows, wanted, name, dtype):
-    found = BACKENDS[name](MODEL, dtype, 2).run(windows, "tuned")
+def test_other_dtypes_are_near_and_not_the_same(tmp_path, windows, wanted, name, dtype):
+    found = load(name, dtype, tmp_path).run(windows, "tuned")
     apart = max(
         np.abs(one.start - theirs.start).max() for one, theirs in zip(found, wanted, strict=True)
     )

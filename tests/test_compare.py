@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import QUICKSTART
 
-from eval import compare, report
+from eval import compare, report, squad
 from eval.config import BenchConfig, CompareConfig
 from flaxqa import cli
 from flaxqa.errors import UsageError
@@ -215,6 +215,33 @@ def test_the_rates_that_are_tried_close_in_on_the_highest():
     compare.find_rate(one, BenchConfig(**DATA, output="", latency_bound=1.0))
     rates = [trial["rate"] for trial in one.server]
     assert rates == pytest.approx([10, 20, 40, 30, 35, 37.5])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stray", "f1", "verdict"),
+    [("float32", 0, 1.0, "VALID"), ("float32", 2, 1.0, "INVALID"), ("int8", 40, 1.0, "VALID"),
+     ("int8", 60, 1.0, "INVALID"), ("int8", 0, 0.7, "INVALID")],
+)  # fmt: skip
+def test_other_dtypes_may_stray_a_little_and_lose_by_chance(dtype, stray, f1, verdict):
+    questions = squad.read(QUICKSTART / "heldout.json").questions[:100]
+    right = {one.id: one.answers[0] for one in questions}
+    given = {
+        one.id: right[one.id] if index < 100 * f1 else "no" for index, one in enumerate(questions)
+    }
+    job = compare.Job("x", dtype, "", "", 384, 1)
+
+    class Worker:
+        absent, ready = None, {"load_seconds": 1.0, "first_call_seconds": 1.0}
+
+    reference = compare.Contestant(job, Worker(), answers=right)
+    one = compare.Contestant(job, Worker(), answers=given)
+    one.logits = reference.logits = np.zeros((2, 9))
+    one.offline["tuned"] = [{"seconds": dict.fromkeys(compare.STAGES, 2.0), "elapsed": 6.0,
+                             "queries": 1_000, "wrong": stray}]  # fmt: skip
+    config = BenchConfig(**DATA, output="")
+    results = compare.Results(questions, False, reference, [one], config)
+    row = results.row(one)
+    assert row["verdict"] == verdict, row["reasons"]
 
 
 def test_paired_differences_have_narrower_intervals_than_the_scores():
