@@ -342,11 +342,10 @@ def plots(content: Mapping[str, Any]) -> dict[str, str]:
         )  # fmt: skip
         way = ways[-1]
         timed = [row for row in rows if way in row["offline"]]
-        stages = list(timed[0]["offline"][way]["stages"])
+        spent = [row["offline"][way]["stages"] for row in timed]  # medians, each of its own
         made[f"Where the time goes, {way}"] = bars(
             [row["name"] for row in timed],
-            {stage: [100 * row["offline"][way]["stages"][stage] / row["offline"][way]["seconds"]
-                     for row in timed] for stage in stages},
+            {stage: [100 * one[stage] / sum(one.values()) for one in spent] for stage in spent[0]},
             name="stages", stacked=True, xlabel="percent of the time from raw text to answers",
         )  # fmt: skip
     quick = [row for row in rows if row["single"]]
@@ -450,13 +449,31 @@ def evaluations(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]] | None
 
         rows.append([
             one.name, run["started"][:16].replace("T", " "), run["config"]["model"],
-            run["data"]["name"], run["platform"]["dtype"], f"{metrics['n_questions']:,}",
+            run["data"]["name"], run["platform"]["dtype"], f"{metrics['total']:,}",
             score("exact_match"), score("f1"), number(metrics["questions_per_second"]),
         ])  # fmt: skip
     if not rows:
         return None
     head = ["run", "started", "model", "data", "dtype", "questions", "EM", "F1", "questions/s"]
     return head, rows
+
+
+def evaluation_plots(runs: Sequence[Run]) -> dict[str, str]:
+    """F1 and speed of the runs of `flaxqa eval`, one below the other; none of a single one."""
+    found = [(one.name, one.metrics) for one in runs if one.metrics is not None]
+    if len(found) < 2:
+        return {}
+    names = [name for name, _ in found]
+    scores = {name: [metrics[key] for _, metrics in found]
+              for name, key in (("F1", "f1"), ("EM", "exact_match"))}  # fmt: skip
+    spread = {name: [metrics[f"{key}_interval"] for _, metrics in found]
+              for name, key in (("F1", "f1"), ("EM", "exact_match"))}  # fmt: skip
+    speeds = {"speed": [metrics["questions_per_second"] for _, metrics in found]}
+    return {
+        "Scores": bars(names, scores, name="scores", spread=spread,
+                       xlabel="percent; the line is the 95 % interval"),
+        "Speed": bars(names, speeds, name="eval-speed", xlabel="questions/s"),
+    }  # fmt: skip
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -482,7 +499,10 @@ def page(runs: Sequence[Run]) -> str:
         if run.comparison is not None
     ]
     template = environment.get_template("report.html")
-    return template.render(compared=compared, evaluated=evaluations(runs), number=number)
+    return template.render(
+        compared=compared, evaluated=evaluations(runs), evaluation_plots=evaluation_plots(runs),
+        number=number,
+    )  # fmt: skip
 
 
 def write(runs: Sequence[Run], path: str | Path) -> None:

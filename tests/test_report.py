@@ -6,6 +6,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from conftest import QUICKSTART
 
 from eval import report
 from flaxqa import cli
@@ -170,23 +171,21 @@ def test_numbers_have_the_digits_that_count(value, text):
     assert report.number(value) == text
 
 
-def test_runs_of_eval_come_in_a_table(tmp_path, content):
-    metrics = {"n_questions": 559, "questions_per_second": 248.0, "exact_match": 76.9, "f1": 84.1,
-               "exact_match_interval": [73.3, 80.3], "f1_interval": [81.3, 86.7]}  # fmt: skip
-    run = {"started": "2026-01-02T03:04:05+00:00", "config": {"model": EVIL},
-           "data": {"name": "dev"}, "platform": {"dtype": "float32"}}  # fmt: skip
+def test_runs_of_eval_come_in_a_table_and_in_plots(tmp_path, content, capsys):
+    config = ["eval", "--model", str(QUICKSTART / "checkpoint"), "--limit", "8",
+              "--data", str(QUICKSTART / "heldout.json")]  # fmt: skip
     for name in ("first", "second"):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "metrics.json").write_text(json.dumps(metrics))
-        (folder / "run.json").write_text(json.dumps(run))
+        assert cli.run([*config, "--output", str(tmp_path / name)]) == 0
     (tmp_path / "third").mkdir()
     (tmp_path / "third" / "comparison.json").write_text(json.dumps(content))
     page = tmp_path / "page.html"
     names = [str(tmp_path / name) for name in ("first", "second", "third")]
     assert cli.run(["report", *names, "--output", str(page)]) == 0
     text = "".join(Reader(page.read_text()).text)
-    assert "84.10 (81.30 to 86.70)" in text
+    assert page.read_text().count("<svg") == 7 + 2
+    metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
+    low, high = metrics["f1_interval"]
+    assert text.count(f"{metrics['f1']:.2f} ({low:.2f} to {high:.2f})") == 2
     assert text.index("third") < text.index("first") < text.index("second")
 
 
