@@ -11,6 +11,7 @@ A backend of your own is a subclass of `Backend` named as `module:Class`.
 from __future__ import annotations
 
 import abc
+import contextlib
 import importlib.util
 import inspect
 import subprocess
@@ -320,7 +321,8 @@ class TensorFlow(Padded):
     def __init__(self, model: str, dtype: str, threads: int):
         import tensorflow as tf
 
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        with contextlib.suppress(RuntimeError):  # a TensorFlow that runs already keeps its number
+            tf.config.threading.set_intra_op_parallelism_threads(threads)
         self.tf, self.loaded = tf, tf.saved_model.load(model)
         self.serve = self.loaded.signatures["serving_default"]
         self.names = list(self.serve.structured_input_signature[1])
