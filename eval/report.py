@@ -65,6 +65,8 @@ def read(directory: str | Path) -> Run:
         return Run(directory.name, comparison=content("comparison.json"))
     if (directory / "metrics.json").is_file():
         return Run(directory.name, metrics=content("metrics.json"), run=content("run.json"))
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is {'no directory' if directory.exists() else 'missing'}")
     raise UsageError(f"{directory} has neither comparison.json nor metrics.json")
 
 
@@ -509,6 +511,11 @@ def write(runs: Sequence[Run], path: str | Path) -> None:
     """Writes the page.
 
     Raises:
+      UsageError: the path is a directory, or below a file.
       TryAgain: the place cannot be written.
     """
-    files.write_whole(Path(path), page(runs).encode())
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory; name a file")
+    files.writable_directory(path.parent)
+    files.write_whole(path, page(runs).encode())

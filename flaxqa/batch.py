@@ -485,7 +485,8 @@ def predict(
     if share is not None:
         # The last process to end completes the run; the others find it locked or not complete.
         try:
-            return dataclasses.replace(finalize(config.output), **spent.fields())
+            whole = finalize(config.output)
+            return dataclasses.replace(whole, batch_tokens=summary.batch_tokens, **spent.fields())
         except TryAgain:
             return dataclasses.replace(summary, complete=False)
     return summary
@@ -508,6 +509,8 @@ def check(config: PredictConfig, share: tuple[int, int] | None) -> None:
     """Refuses options that cannot be."""
     from flaxqa.reader import check_counts, check_shares
 
+    if not config.input:
+        raise UsageError("there is no INPUT: give files, folders, patterns or a hub data set")
     counts = ("shard_size", "max_context_chars", "top_k", "max_answer_length")
     check_counts(**{name: getattr(config, name) for name in counts})
     check_shares(
@@ -767,7 +770,7 @@ def estimate(config: PredictConfig, *, progress: Progress | None = None) -> Esti
     chosen = sorted({len(plan.shards) * i // SAMPLED_SHARDS for i in range(SAMPLED_SHARDS)})
     each = max(1, min(64, plan.shard_size))
     seconds, sampled, set_aside, windows = 0.0, 0, 0, 0
-    progress.begin(len(chosen))
+    progress.stage("answering a sample")
     for warm in (False, True):
         for shard in chosen:
             began = time.perf_counter()
@@ -780,7 +783,6 @@ def estimate(config: PredictConfig, *, progress: Progress | None = None) -> Esti
             sampled += len(asked)
             set_aside += sum(one.error is not None for one in found)
             windows += sum(one.n_windows for one in found)
-            progress.advance(1, windows)
             if seconds > SAMPLED_SECONDS:
                 break
     rate = sampled / max(seconds, 1e-9)

@@ -241,7 +241,7 @@ def pairs(of: str, value: Callable[[str], Any]) -> tyro.constructors.PrimitiveCo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction(PredictConfig):
-    """The same, where an option's form on the command line is not that of its type."""
+    """What answers, how, and where to."""
 
     columns: Annotated[dict[str, str], pairs("COLUMN", str)] = dataclasses.field(
         default_factory=dict
@@ -302,28 +302,30 @@ CONFIGURED: dict[str, tuple[Any, str, Any]] = {
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits with its code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    signal.signal(signal.SIGTERM, terminated)
+    for number in ENDED:
+        signal.signal(number, end)
     try:
         sys.exit(run(argv))
     except FlaxqaError as error:
         print(f"flaxqa: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("flaxqa: stopped", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does
         sys.stderr.close()
         sys.exit(1)
 
 
-def terminated(signal_number: int, frame: Any) -> NoReturn:
+ENDED = {signal.SIGINT: "stopped", signal.SIGTERM: "terminated"}
+
+
+def end(signal_number: int, frame: Any) -> NoReturn:
     """Ends the process as by an exception, and two seconds later if that one was lost.
 
     Python drops what is raised inside a destructor or a callback of the garbage collector, of which
     JAX has one. Files are written whole, so an end without clean-up loses nothing.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print("flaxqa: terminated", file=sys.stderr, flush=True)
+    for number in ENDED:
+        signal.signal(number, signal.SIG_IGN)
+    print(f"flaxqa: {ENDED[signal.Signals(signal_number)]}", file=sys.stderr, flush=True)
     certain = threading.Timer(2.0, os._exit, (128 + signal_number,))
     certain.daemon = True
     certain.start()
@@ -484,6 +486,8 @@ def compare(config: CompareConfig | BenchConfig) -> int:
 def write_report(command: Report) -> int:
     from eval import report
 
+    if not command.runs:
+        raise UsageError("give at least one RUN: the --output of an eval, compare or bench")
     report.write([report.read(one) for one in command.runs], command.output)
     print(f"flaxqa: {command.output}", file=sys.stderr)
     return 0

@@ -83,8 +83,8 @@ def export(
     if path.exists() or path.is_symlink():
         refuse_to_replace(path, format, overwrite)
     write, run = FORMATS[format]
+    files.writable_directory(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(path) as folder:
             made = folder / path.name
             write(model, made)
@@ -99,11 +99,10 @@ def export(
 
 def refuse_to_replace(path: Path, format: str, overwrite: bool) -> None:
     """Raises: UsageError: what is there must not, or cannot, be replaced."""
+    if path.is_symlink() or not IS_OURS[format](path):
+        raise UsageError(f"{path} is there and no export to {format}; remove it yourself")
     if not overwrite:
         raise UsageError(f"{path} is there; --overwrite replaces it")
-    ours = (path / "saved_model.pb").is_file() if format == "saved_model" else path.is_file()
-    if not ours or path.is_symlink():
-        raise UsageError(f"{path} is something else than an export to {format}; remove it yourself")
 
 
 @contextlib.contextmanager
@@ -507,6 +506,34 @@ def load_saved_model(path: Path) -> tuple[Run, str]:
     return run, version(tf)
 
 
+def is_onnx(path: Path) -> bool:
+    """Whether a file begins as one of `write_onnx`, with the name of its producer."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"\x12\x06flaxqa" in file.read(32)
+
+
+def is_stablehlo(path: Path) -> bool:
+    """Whether a file is one of `jax.export`."""
+    import jax.export
+
+    try:
+        jax.export.deserialize(bytearray(path.read_bytes()))
+    except Exception:  # whatever a file of another kind makes of it
+        return False
+    return True
+
+
+def is_saved_model(path: Path) -> bool:
+    return (path / "saved_model.pb").is_file()
+
+
+IS_OURS: dict[str, Callable[[Path], bool]] = {
+    "onnx": is_onnx,
+    "stablehlo": is_stablehlo,
+    "saved_model": is_saved_model,
+}
 FORMATS: dict[str, tuple[Callable[..., None], Callable[[Path], tuple[Run, str]]]] = {
     "onnx": (write_onnx, load_onnx),
     "stablehlo": (write_stablehlo, load_stablehlo),

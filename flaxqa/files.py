@@ -124,6 +124,8 @@ def writable_directory(path: str | Path) -> Path:
             file.write(b"flaxqa")
             file.flush()
             os.fsync(file.fileno())
+    except (NotADirectoryError, FileExistsError) as error:
+        raise UsageError(f"{directory} cannot be: a part of it is not a directory") from error
     except OSError as error:
         raise TryAgain(f"{directory} cannot be written: {error.strerror}") from error
     return directory

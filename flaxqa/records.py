@@ -47,6 +47,7 @@ BLOCK = 1 << 20
 PIECE = 4_096
 ROWS_AT_ONCE = 1_024
 COUNTED_AT_ONCE = 16_384
+SAMPLED = 100  # records in which a column that was asked for has to be
 csv.field_size_limit(LONGEST_LINE)
 
 
@@ -199,6 +200,15 @@ def find(names: Sequence[str], *, format: str = "auto", split: str = "train") ->
       UsageError: a name stands for nothing, a file's kind is not known, or one is named twice.
     """
     found: list[Input] = []
+    named: dict[str, str] = {}  # of each path what the user would write
+
+    def take(path: Path, name: str) -> None:
+        try:
+            found.append(file_input(path, name, format))
+            named[found[-1].path] = path.as_posix()
+        except UsageError as error:
+            problems.append(str(error))
+
     problems: list[str] = []
     for name in names:
         path = Path(name)
@@ -206,12 +216,10 @@ def find(names: Sequence[str], *, format: str = "auto", split: str = "train") ->
             files = below(path, problems)
             if not files:
                 problems.append(f"{name} has no files of {', '.join(SUFFIXES)}")
-            found += [file_input(each, each.relative_to(path).as_posix(), format) for each in files]
+            for each in files:
+                take(each, each.relative_to(path).as_posix())
         elif path.exists():
-            try:
-                found.append(file_input(path, path.name, format))
-            except UsageError as error:
-                problems.append(str(error))
+            take(path, path.name)
         elif glob.has_magic(name):
             matches = sorted(
                 each for each in glob.glob(name, recursive=True) if Path(each).is_file()
@@ -219,11 +227,8 @@ def find(names: Sequence[str], *, format: str = "auto", split: str = "train") ->
             if not matches:
                 problems.append(f"{name} matches no file")
             root = os.path.commonpath([str(Path(each).parent) for each in matches] or ["."])
-            for each in matches:
-                try:
-                    found.append(file_input(Path(each), os.path.relpath(each, root), format))
-                except UsageError as error:
-                    problems.append(str(error))
+            for match in matches:
+                take(Path(match), os.path.relpath(match, root))
         elif looks_like_a_hub_id(name):
             found.append(Input(name, name, "hub", split=split))
         else:
@@ -236,7 +241,7 @@ def find(names: Sequence[str], *, format: str = "auto", split: str = "train") ->
     if problems:
         raise UsageError(all_problems("the input cannot be used", problems))
     if len({one.name for one in found}) < len(found):  # the same name in two folders
-        found = [dataclasses.replace(one, name=one.path) for one in found]
+        found = [dataclasses.replace(one, name=named.get(one.path, one.name)) for one in found]
     return found
 
 
@@ -281,7 +286,8 @@ def file_input(path: Path, name: str, format: str) -> Input:
 
 
 def looks_like_a_hub_id(name: str) -> bool:
-    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).suffix
+    parts = name.split("/")
+    return len(parts) <= 2 and all(parts) and name[0] not in ".~" and not Path(name).suffix
 
 
 # --- reading ---
@@ -693,13 +699,18 @@ def plan(
     for index, one in enumerate(inputs):
         one = identified(one)
         source = source_of(one)
-        if (there := source.columns()) is not None:
+        if there := source.columns():
             missing = [name for name in columns.needed() if name not in there]
             problems += [
                 f"{one.name} has no column {name!r}; it has {', '.join(there)}" for name in missing
             ]
             if missing:
                 continue
+        elif there is None:
+            problems += [
+                f"none of the first {SAMPLED} records of {one.name} has the column {name!r}"
+                for name in never_there(one, columns.chosen())
+            ]
         runs = source.places() if ids is None else ids.places(source, columns)
         count = 0
         for start, line, records in runs:
@@ -730,6 +741,15 @@ def plan(
         ids.duplicates() if ids is not None else (),
         common_types(types, columns.keep),
     )
+
+
+def never_there(one: Input, names: Sequence[str]) -> list[str]:
+    """Those of the names that no record at the beginning of an input has."""
+    left = set(names)
+    if left:
+        for row in itertools.islice(source_of(one).rows(0, 1), SAMPLED):
+            left -= (row.fields or {}).keys()
+    return [name for name in names if name in left]
 
 
 def common_types(types: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | None:
@@ -771,12 +791,26 @@ def identified(one: Input) -> Input:
 
 
 def hub_commit(one: Input) -> Input:
+    """The data set with its commit.
+
+    Raises:
+      UsageError: there is no such data set.
+      TryAgain: the hub cannot be reached.
+    """
     import huggingface_hub
 
     try:
         info = huggingface_hub.HfApi().dataset_info(one.path, revision=one.sha256)
-    except (OSError, ValueError) as error:
-        raise TryAgain(f"the data set {one.path} cannot be reached: {error}") from error
+    except (huggingface_hub.errors.RepositoryNotFoundError,
+            huggingface_hub.errors.RevisionNotFoundError, ValueError) as error:  # fmt: skip
+        raise UsageError(
+            f"{one.path} is neither a file or folder here nor a data set of the hub: {error}"
+        ) from error
+    except Exception as error:  # of the network, in the kinds of whichever library
+        raise TryAgain(
+            f"{one.path} is neither a file or folder here nor a data set that can be reached "
+            f"({type(error).__name__}: {error})"
+        ) from error
     return dataclasses.replace(one, sha256=info.sha)
 
 
@@ -852,8 +886,13 @@ class Columns:
     context: str = "context"
     keep: tuple[str, ...] = ()
 
+    def chosen(self) -> tuple[str, ...]:
+        """Those that were asked for by name and need not be in every record."""
+        return (*(() if self.id == "id" else (self.id,)), *self.keep)
+
     def needed(self) -> tuple[str, ...]:
-        return (self.question, self.context, *self.keep)
+        """Those that are there where all records have the same."""
+        return (self.question, self.context, *self.chosen())
 
 
 def rows_of(

@@ -115,7 +115,7 @@ def test_honest_backends_are_valid_and_agree(compared, rows):
     [
         ("cheats:EveryTenth", "logits differ from the reference's by"),
         ("cheats:EveryTenth", "of the answers are the reference's"),
-        ("cheats:OnceAnswered", "answers are kept"),
+        ("cheats:OnceAnswered", "answers seem to be kept"),
         ("cheats:HalfInTimedRuns", "answers in timed runs are not those of the accuracy run"),
         ("cheats:Dies", "it ended before it was measured: the process ended"),
     ],
@@ -259,6 +259,8 @@ def test_paired_differences_have_narrower_intervals_than_the_scores():
     [
         ({"backends": ("torch/int8",)}, "'torch' computes in float32, bfloat16, not 'int8'"),
         ({"backends": ("keras",)}, "backend 'keras' is not one of"),
+        ({"backends": ()}, "at least one"),
+        ({"backends": ("jax", "jax/float32")}, "none of them twice"),
     ],
 )
 def test_a_backend_that_cannot_be_is_refused_before_anything_is_done(tmp_path, change, told):

@@ -142,26 +142,41 @@ def test_what_gives_other_logits_is_not_kept(tmp_path, monkeypatch, format):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_there_is_replaced_only_when_asked_and_only_by_its_like(tmp_path):
-    made, path = model(), tmp_path / "model.onnx"
-    path.write_text("mine")
-    with pytest.raises(UsageError, match="model.onnx is there; --overwrite replaces it"):
-        export.export(made, "onnx", path)
-    assert path.read_text() == "mine"
-    export.export(made, "onnx", path, overwrite=True)
-    assert path.stat().st_size > 10_000
+@pytest.mark.parametrize("format", ["onnx", "stablehlo"])
+def test_an_export_is_replaced_when_asked(tmp_path, format):
+    made, path = model(), tmp_path / "model"
+    export.export(made, format, path)
+    before = path.stat().st_mtime_ns
+    with pytest.raises(UsageError, match="model is there; --overwrite replaces it"):
+        export.export(made, format, path)
+    assert path.stat().st_mtime_ns == before
+    export.export(made, format, path, overwrite=True)
+    assert path.stat().st_mtime_ns > before
 
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "mine").write_text("mine")
-    for format in ("onnx", "saved_model"):
-        with pytest.raises(UsageError, match="something else than an export"):
-            export.export(made, format, folder, overwrite=True)
-    link = tmp_path / "link"
-    link.symlink_to(path)
-    with pytest.raises(UsageError, match="something else than an export"):
-        export.export(made, "onnx", link, overwrite=True)
-    assert (folder / "mine").read_text() == "mine"
+
+@pytest.mark.parametrize("format", ["onnx", "stablehlo", "saved_model"])
+def test_what_is_no_export_of_that_format_is_never_replaced(tmp_path, format):
+    made = model()
+    (tmp_path / "text").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("mine")
+    made.save_pretrained(tmp_path / "checkpoint")
+    for other in {"onnx", "stablehlo"} - {format}:
+        export.export(made, other, tmp_path / other)
+    (tmp_path / "link").symlink_to(tmp_path / "text")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for path in [*before, tmp_path / "folder", tmp_path / "link", tmp_path]:
+        with pytest.raises(UsageError, match=f"is there and no export to {format}"):
+            export.export(made, format, path, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_place_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file" / "model.onnx", tmp_path / "file" / "deeper" / "model.onnx"):
+        with pytest.raises(UsageError, match="is not a directory"):
+            export.export(model(), "onnx", path)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

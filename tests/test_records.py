@@ -249,6 +249,36 @@ def test_squad_data_with_what_is_not_as_it_should_be(tmp_path):
     assert asked == "the column 'context' is null, not a string"
 
 
+def test_names_that_collide_are_told_apart_as_the_user_wrote_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder / "s").mkdir(parents=True)
+        (tmp_path / folder / "s" / "x.jsonl").write_text("{}")
+    assert [one.name for one in records.find(["a", "b"])] == ["a/s/x.jsonl", "b/s/x.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["no/such", "no/such/", "nodir/", "no/such/file", "x.jsonl"])
+def test_a_path_that_is_missing_is_never_a_traceback(tmp_path, monkeypatch, name):
+    import huggingface_hub
+
+    def unreachable(self, path, revision):
+        raise RuntimeError("no network")  # as httpx's errors, which are no OSError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    with pytest.raises((UsageError, TryAgain), match="missing|neither a file or folder here nor"):
+        records.plan(records.find([name]), 10, columns=records.Columns())
+
+
+def test_a_column_that_no_record_has_is_refused_when_it_was_asked_for(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "context": "c", "n": 1}\n')
+    inputs = records.find([str(tmp_path / "a.jsonl")])
+    assert records.plan(inputs, 10, columns=records.Columns(keep=("n",))).records == 1
+    for columns in (records.Columns(keep=("m",)), records.Columns(id="m")):
+        with pytest.raises(UsageError, match="none of the first 100 records of a.jsonl has .* 'm'"):
+            records.plan(inputs, 10, columns=columns)
+
+
 def test_a_json_file_of_something_else_is_one_bad_record(tmp_path):
     for name, content, reason in (
         ("a", '{\n"question": "q"\n}', "neither SQuAD data nor an array"),
