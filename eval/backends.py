@@ -171,7 +171,7 @@ class Torch(Padded):
     """transformers' class with its default attention, sdpa."""
 
     dtypes = ("float32", "bfloat16")
-    needs = "torch"
+    needs = "'flaxqa[torch]'"
     attention: ClassVar[str] = "sdpa"
 
     def __init__(self, model: str, dtype: str, threads: int):
@@ -248,7 +248,7 @@ class OnnxRuntime(Padded):
     """flaxqa's ONNX export; int8 through dynamic quantization."""
 
     dtypes = ("float32", "int8")
-    needs = "onnx onnxruntime"
+    needs = "'flaxqa[onnxruntime]'"
 
     @classmethod
     def prepare(cls, model: str, dtype: str, folder: str) -> str:
@@ -280,7 +280,7 @@ class OpenVino(Padded):
     """The same file in OpenVINO, all cores on one batch."""
 
     dtypes = ("float32", "bfloat16")
-    needs = "onnx openvino"
+    needs = "'flaxqa[openvino]'"
 
     @classmethod
     def prepare(cls, model: str, dtype: str, folder: str) -> str:
@@ -310,7 +310,7 @@ class OpenVino(Padded):
 class TensorFlow(Padded):
     """flaxqa's SavedModel."""
 
-    needs = "tensorflow-cpu"
+    needs = "'flaxqa[tensorflow]'"
 
     @classmethod
     def prepare(cls, model: str, dtype: str, folder: str) -> str:

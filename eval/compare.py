@@ -188,18 +188,24 @@ class Runner:
         for index in order[:3]:
             self.answer([self.examples[index]], "tuned")
         latencies: list[float] = []
+        stages: list[dict[str, float]] = []
         wrong, elapsed, began = 0, 0.0, time.perf_counter()
         for index in itertools.cycle(order.tolist()):
             elapsed = time.perf_counter() - began
             if len(latencies) >= queries and elapsed >= seconds:
                 break
             example = self.examples[index]
-            start = time.perf_counter()
-            found, _, _ = self.answer([example], "tuned")
-            latencies.append(time.perf_counter() - start)
+            found, _, took = self.answer([example], "tuned")
+            latencies.append(sum(took.values()))
+            stages.append(took)
             wrong += self.wrong([example], found)
-        return {"elapsed": elapsed, "latencies": latencies, "queries": len(latencies),
-                "wrong": wrong}  # fmt: skip
+        return {
+            "elapsed": elapsed,
+            "latencies": latencies,
+            "queries": len(latencies),
+            "wrong": wrong,
+            "stages": {stage: sum(took[stage] for took in stages) for stage in STAGES},
+        }
 
     def server(self, rate: float, seconds: float, queries: int) -> dict[str, Any]:
         """Questions that come at random, `rate` of them a second; those that wait go together."""
@@ -208,6 +214,7 @@ class Runner:
         arrivals = np.cumsum(rng.exponential(1 / rate, number))
         asked = rng.integers(0, len(self.examples), number)
         latencies: list[float] = []
+        stages = dict.fromkeys(STAGES, 0.0)
         wrong, began, done = 0, time.perf_counter(), 0
         while done < number:
             now = time.perf_counter() - began
@@ -216,12 +223,14 @@ class Runner:
                 continue
             here = min(int(np.searchsorted(arrivals, now, "right")), done + SERVED_AT_ONCE)
             some = [self.examples[index] for index in asked[done:here]]
-            found, _, _ = self.answer(some, "tuned")
+            found, _, took = self.answer(some, "tuned")
+            stages = {stage: stages[stage] + took[stage] for stage in STAGES}
             ended = time.perf_counter() - began
             latencies += (ended - arrivals[done:here]).tolist()
             wrong += self.wrong(some, found)
             done = here
-        return {"latencies": latencies, "queries": number, "wrong": wrong, "rate": rate}
+        return {"latencies": latencies, "queries": number, "wrong": wrong, "rate": rate,
+                "stages": stages}  # fmt: skip
 
     def audit(self) -> dict[str, Any]:
         """Whether what was computed before is computed again, as MLPerf's test of caching asks.
@@ -650,11 +659,15 @@ class Results:
         }
 
     def latencies(self, one: Contestant) -> dict[str, Any] | None:
-        """Of the scenario `single`, in seconds."""
+        """Of the scenario `single`, in seconds; `stages` are of a question on average."""
         every = [seconds for each in one.single if each for seconds in each["latencies"]]
         if not every:
             return None
-        return {"queries": len(every), **percentiles(every), "latencies": every}
+        stages = {
+            stage: sum(each["stages"][stage] for each in one.single if each) / len(every)
+            for stage in STAGES
+        }
+        return {"queries": len(every), **percentiles(every), "stages": stages, "latencies": every}
 
     def server(self, one: Contestant) -> dict[str, Any] | None:
         """The highest rate that kept the bound, and all that were tried."""
@@ -662,7 +675,7 @@ class Results:
             return None
         trials = [
             {"rate": each["rate"], "queries": len(each["latencies"]),
-             **percentiles(each["latencies"])}
+             "stages": each["stages"], **percentiles(each["latencies"])}
             for each in one.server
         ]  # fmt: skip
         kept = [each["rate"] for each in trials if each["p99"] <= self.config.latency_bound]

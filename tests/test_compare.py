@@ -142,6 +142,7 @@ def test_every_round_is_kept_and_the_numbers_are_of_them(compared, rows):
         single = rows[name]["single"]
         assert single["queries"] == len(single["latencies"]) >= 12
         assert 0 < single["p50"] <= single["p90"] <= single["p99"] <= max(single["latencies"])
+        assert sum(single["stages"].values()) == pytest.approx(np.mean(single["latencies"]))
         assert rows[name]["peak_memory_bytes"] > 50 * 2**20
         assert rows[name]["load_seconds"] > 0 < rows[name]["first_call_seconds"]
     assert rows["jax"]["offline"]["tuned"]["slower_than_first"] == 1
