@@ -27,7 +27,6 @@ from flaxqa.features import Feature
 from flaxqa.predict import Logits
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-WAYS = ("shipped", "tuned", "whole")
 LENGTH, SHIPPED_BATCH = 384, 8
 TUNED_TOKENS = 2_048  # of a batch that is sorted by length
 MULTIPLE = 8  # what the length of a tuned batch is rounded up to

@@ -108,9 +108,9 @@ class Runner:
         rows = json.loads(Path(job.questions).read_bytes())
         self.examples = [Example(**row) for row in rows]
         self.tokenizer = checkpoint.load_tokenizer(Path(job.model))[0]
-        self.folder = tempfile.TemporaryDirectory()
         kind = backends.backend_of(job.backend)
-        prepared = kind.prepare(job.model, job.dtype, self.folder.name)
+        folder = tempfile.mkdtemp()  # below that of the worker, with which it goes
+        prepared = kind.prepare(job.model, job.dtype, folder)
         began = time.perf_counter()
         self.backend = kind(prepared, job.dtype, job.threads)
         self.backend.length = job.length
@@ -438,8 +438,9 @@ def compare(
             "commit": environment.commit(),
         }
 
+        results = Results(questions, v2, reference, contestants, config)
+
         def content() -> dict[str, Any]:
-            results = Results(questions, v2, reference, contestants, config)
             whole: dict[str, Any] = finite({**about, **results.content()})
             files.write_whole(output / "comparison.json", json.dumps(whole, indent=1).encode())
             return whole
@@ -519,13 +520,14 @@ def find_rate(one: Contestant, config: CompareConfig | BenchConfig) -> None:
 
 @dataclasses.dataclass
 class Results:
-    """What comes of the measurements."""
+    """What comes of the measurements, at any time while they go on."""
 
     questions: Sequence[squad.SquadExample]
     v2: bool
     reference: Contestant
     contestants: Sequence[Contestant]
     config: CompareConfig | BenchConfig
+    known: dict[int, squad.Scores] = dataclasses.field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         there = [one for one in self.contestants if one.answers]
@@ -574,7 +576,10 @@ class Results:
         return sum(theirs[key] == text for key, text in one.answers.items()) / len(theirs)
 
     def scored(self, one: Contestant) -> squad.Scores:
-        return squad.score(self.questions, one.answers, v2=self.v2)
+        """The scores of a backend, whose answers do not change while it is timed."""
+        if id(one) not in self.known:
+            self.known[id(one)] = squad.score(self.questions, one.answers, v2=self.v2)
+        return self.known[id(one)]
 
     def scores(self, one: Contestant) -> dict[str, Any]:
         """EM and F1 with intervals, and their distance from the reference's, by question."""

@@ -122,11 +122,11 @@ def prepare(job: Job) -> Callable[[], list[str]]:
     from flaxqa import checkpoint
 
     tokenizer = checkpoint.load(job.model).tokenizer
-    folder = tempfile.TemporaryDirectory()
+    folder = tempfile.mkdtemp()  # below that of the worker, with which it goes
     cpus = os.cpu_count() or 1
-    engine = backends.load(ENGINES[job.engine], job.model, job.dtype, cpus, folder.name)
+    engine = backends.load(ENGINES[job.engine], job.model, job.dtype, cpus, folder)
 
-    def run(folder: Any = folder) -> list[str]:  # which lives as long
+    def run() -> list[str]:
         windows = features.make(examples, tokenizer)
         logits = engine.run(windows, job.way)
         found = answers.decode_spans(examples, windows, logits)

@@ -709,7 +709,7 @@ def plan(
         elif there is None:
             problems += [
                 f"none of the first {SAMPLED} records of {one.name} has the column {name!r}"
-                for name in never_there(one, columns.chosen())
+                for name in never_there(source, columns.chosen())
             ]
         runs = source.places() if ids is None else ids.places(source, columns)
         count = 0
@@ -743,11 +743,11 @@ def plan(
     )
 
 
-def never_there(one: Input, names: Sequence[str]) -> list[str]:
+def never_there(source: Source, names: Sequence[str]) -> list[str]:
     """Those of the names that no record at the beginning of an input has."""
     left = set(names)
     if left:
-        for row in itertools.islice(source_of(one).rows(0, 1), SAMPLED):
+        for row in itertools.islice(source.rows(0, 1), SAMPLED):
             left -= (row.fields or {}).keys()
     return [name for name in names if name in left]
 

@@ -143,7 +143,7 @@ def test_answers_are_marked_in_their_context(page):
     read = Reader(page)
     assert read.marked == ["Turin", EVIL, "Rome"]
     around = "".join(read.text)
-    assert "… long long" in around or "… ong long" in around or re.search(r"… \w* ?long", around)
+    assert re.search(r"… \w* long long", around)
     assert "Turin: jax/float32" in re.sub(r"\s*\(the reference's\)", "", around)
 
 
