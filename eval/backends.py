@@ -24,7 +24,7 @@ import numpy as np
 
 from flaxqa.errors import UsageError
 from flaxqa.features import Feature
-from flaxqa.predict import Logits
+from flaxqa.spans import Logits
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 LENGTH, SHIPPED_BATCH = 384, 8
@@ -147,9 +147,9 @@ class JaxModel(Padded):
     dtypes = ("float32", "bfloat16")
 
     def __init__(self, model: str, dtype: str, threads: int):
-        from flaxqa import checkpoint, predict
+        from flaxqa import checkpoint, devices
 
-        predict.use_compilation_cache()
+        devices.use_compilation_cache()
         self.model = checkpoint.load(model, dtype=dtype).model
 
     def logits(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

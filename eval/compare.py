@@ -42,7 +42,7 @@ from eval.worker import Worker
 from flaxqa import answers, features, files
 from flaxqa.errors import UsageError
 from flaxqa.features import Example, Feature
-from flaxqa.predict import Logits
+from flaxqa.spans import Logits
 from flaxqa.progress import Progress, Silence
 
 REFERENCE = "jax-model"

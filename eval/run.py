@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
 import io
@@ -174,14 +173,9 @@ def answers_of(
     progress: Progress,
 ) -> Iterator[tuple[list[Answers], Spent]]:
     """The answers to every question, chunk by chunk; in `error` why one cannot be asked."""
-    longest = config.max_answer_length
-    decode = (
-        functools.partial(answers.decode_spans, top_k=config.n_best, max_answer_length=longest)
-        if config.decoder == "spans"
-        else functools.partial(
-            answers.decode_squad, n_best=config.n_best, max_answer_length=longest
-        )
-    )
+    n = {"spans": "top_k", "squad": "n_best"}[config.decoder]
+    options = {n: config.n_best, "max_answer_length": config.max_answer_length}
+    decode = answers.Decoder(config.decoder, **options)
     chunks = reader.chunks(questions, size_of=reader.characters)
     return loaded.answer_chunks(chunks, decode, progress.advance)
 

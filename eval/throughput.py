@@ -37,9 +37,10 @@ import numpy as np
 
 from eval import backends, environment, squad, worker
 from eval.worker import Worker
-from flaxqa import answers, features, files, predict
+from flaxqa import answers, features, files
 from flaxqa.errors import UsageError
 from flaxqa.features import Example
+from flaxqa.plan import Shape
 
 PACKAGES = ("flaxqa", "jax", "jaxlib", "torch", "transformers", "onnxruntime", "openvino", "numpy")
 
@@ -247,7 +248,7 @@ def prepare_host(job: Job) -> Callable[[], int]:
     def given(logits: np.ndarray) -> Any:
         return lambda rows: logits
 
-    def compile_nothing(shapes: Iterable[predict.Shape]) -> None:
+    def compile_nothing(shapes: Iterable[Shape], *rules: Any) -> None:
         for shape in set(shapes) - predictor.compiled.keys():
             size = (len(predictor.devices), shape.tokens, 2)
             predictor.compiled[shape] = given(rng.normal(size=size).astype(np.float32))

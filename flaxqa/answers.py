@@ -21,14 +21,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from flaxqa.features import Example, Feature
-from flaxqa.predict import Logits
+from flaxqa.features import Example, Feature, Windows
+from flaxqa.spans import Found, Logits, Pairs, Rule, Scores, Spans
 
 N_BEST = 20
 MAX_ANSWER_LENGTH = 30  # tokens
@@ -98,55 +99,101 @@ class Answers(list[Answer]):
         return 0.5 * (1.0 + math.tanh(0.5 * self.null_odds))
 
 
-def non_finite(features: Sequence[Feature], logits: Sequence[Logits]) -> set[int]:
-    """The examples with a logit that is NaN or infinite, for which no answer can be chosen."""
-    if (
-        not logits
-        or np.isfinite(
-            np.concatenate([scores for one in logits for scores in (one.start, one.end)])
-        ).all()
-    ):
-        return set()
-    return {
-        feature.example
-        for feature, scores in zip(features, logits, strict=True)
-        if not (np.isfinite(scores.start).all() and np.isfinite(scores.end).all())
-    }
+class NotFinite(ValueError):
+    """Logits that are NaN or infinite, for which no answer can be chosen.
+
+    Attributes:
+      examples: that have them.
+    """
+
+    def __init__(self, examples: Sequence[int], names: Sequence[str]):
+        super().__init__(f"logits are not finite for {list(names)}")
+        self.examples = examples
 
 
 class Table:
-    """The logits of many windows side by side, W windows by T tokens, for `spans` and `squad`.
+    """The windows of some examples with the best spans of each, for `spans` and `squad`.
 
     Attributes:
-      start: [W, T], -inf past a window's end.
-      end: [W, T].
+      windows: those W windows.
+      scores: their logits.
       example: int [W], never falls.
       begin: int [W], the column of the first context token.
       stop: int [W], the column after the last one.
-      may_end: bool [W, T], the context tokens.
-      may_start: bool [W, T], those of them that may begin an answer (see `Feature.counts`).
+      found: the best spans of each window.
+      null: float64 [examples], the lowest sum of the two logits of [CLS] in any window.
+      log_start: float64 [examples], the log of the summed exponentials over the context tokens and
+        [CLS]s.
+      log_end: the same of the end logits.
     """
 
     def __init__(
-        self, examples: Sequence[Example], features: Sequence[Feature], logits: Sequence[Logits]
+        self,
+        examples: Sequence[Example],
+        features: Sequence[Feature],
+        logits: Sequence[Logits],
+        rule: Rule,
     ):
-        if bad := sorted(non_finite(features, logits)):
-            raise ValueError(f"logits are not finite for {[examples[index].id for index in bad]}")
-        self.examples, self.features = examples, features
-        self.start = padded([scores.start for scores in logits])
-        self.end = padded([scores.end for scores in logits])
-        self.example = np.array([feature.example for feature in features])
-        self.begin = np.array([feature.context_start for feature in features])
-        length = np.array([feature.part.stop - feature.part.start for feature in features])
-        self.stop = self.begin + length
-        column = np.arange(self.start.shape[1])
-        self.may_end = (column >= self.begin[:, None]) & (column < self.stop[:, None])
-        self.may_start = self.may_end.copy()
-        for row, feature in enumerate(features):
-            if feature.counts is not None:
-                self.may_start[row, self.may_end[row]] = feature.counts
-        self.log_start = self.log_normalizer(self.start)
-        self.log_end = self.log_normalizer(self.end)
+        """Asks for what devices have found already, or searches here.
+
+        Raises:
+          NotFinite: some logits are not.
+        """
+        self.examples, self.windows, self.scores = examples, Windows.of(features), Scores.of(logits)
+        self.example, self.begin = self.windows.example, self.windows.context_start
+        self.stop = self.windows.lengths - 1
+        told = self.scores.told(rule)
+        finite = self.scores.finite() if told is None else told[1].finite
+        if not finite.all():
+            bad = np.unique(self.example[~finite]).tolist()
+            raise NotFinite(bad, [examples[index].id for index in bad])
+        if told is None:
+            start, end = self.scores.start, self.scores.end
+            null = start[:, 0].astype(np.float64) + end[:, 0]
+            self.log_start, self.log_end = self.log_normalizer(start), self.log_normalizer(end)
+            self.found = self.search(rule)
+        else:
+            self.found, summary = told
+            null = summary.null_start.astype(np.float64) + summary.null_end
+            self.log_start, self.log_end = self.joined(summary.log_start), self.joined(
+                summary.log_end
+            )
+        self.null = np.full(len(examples), np.inf)
+        np.minimum.at(self.null, self.example, null)
+
+    @functools.cached_property
+    def may_end(self) -> np.ndarray:
+        """bool [W, T], the context tokens."""
+        column = np.arange(self.scores.start.shape[1])
+        inside: np.ndarray = (column >= self.begin[:, None]) & (column < self.stop[:, None])
+        return inside
+
+    @functools.cached_property
+    def may_start(self) -> np.ndarray:
+        """bool [W, T], the context tokens that may begin an answer (see `Feature.counts`)."""
+        if not self.windows.counts:
+            return self.may_end
+        may_start = self.may_end.copy()
+        for row, counts in self.windows.counts.items():
+            may_start[row, self.may_end[row]] = counts
+        return may_start
+
+    @functools.cached_property
+    def start(self) -> np.ndarray:
+        """[W, T], the start logits where an answer may begin, else -inf."""
+        return np.where(self.may_start, self.scores.start, -np.inf)
+
+    @functools.cached_property
+    def end(self) -> np.ndarray:
+        """[W, T], the end logits where an answer may end, else -inf."""
+        return np.where(self.may_end, self.scores.end, -np.inf)
+
+    def search(self, rule: Rule) -> Found:
+        """The best spans of each window by a rule."""
+        if isinstance(rule, Spans):
+            return rule.find(self.start, self.end, np)
+        scores = self.scores
+        return rule.find(scores.start, scores.end, self.may_start, self.may_end, np)
 
     def log_normalizer(self, logits: np.ndarray) -> np.ndarray:
         """Of each example the log of the summed exponentials over its context tokens and [CLS]s."""
@@ -155,62 +202,50 @@ class Table:
         peak = np.full(len(self.examples), -np.inf)
         np.maximum.at(peak, self.example, masked.max(axis=1))
         exponentials = np.exp(masked - peak[self.example, None]).sum(axis=1)
+        return self.summed(exponentials, peak)
+
+    def joined(self, logs: np.ndarray) -> np.ndarray:
+        """Of each example the same, from that of each window alone."""
+        logs = logs.astype(np.float64)
+        peak = np.full(len(self.examples), -np.inf)
+        np.maximum.at(peak, self.example, logs)
+        return self.summed(np.exp(logs - peak[self.example]), peak)
+
+    def summed(self, exponentials: np.ndarray, peak: np.ndarray) -> np.ndarray:
         sums = np.bincount(self.example, exponentials, minlength=len(self.examples))
         with np.errstate(divide="ignore", invalid="ignore"):  # an example without windows
             return peak + np.log(sums)
 
-    def null(self) -> np.ndarray:
-        """Of each example the lowest sum of the two logits of [CLS] in any of its windows."""
-        lowest = np.full(len(self.examples), np.inf)
-        np.minimum.at(lowest, self.example, self.start[:, 0].astype(float) + self.end[:, 0])
-        return lowest
-
-    def candidates(self, sums: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each example its n highest sums, best first: (example, window, pair), each [A].
-
-        Args:
-          sums: [W, pairs], -inf for a pair that does not count.
-          n: the most of one example.
-        """
-        pair = best(sums, n)
-        total = np.take_along_axis(sums, pair, 1).reshape(-1)
-        window = np.broadcast_to(np.arange(len(pair))[:, None], pair.shape).reshape(-1)
-        pair = pair.reshape(-1)
-        kept = np.flatnonzero(total > -np.inf)
-        kept = kept[np.lexsort((-total[kept], self.example[window[kept]]))]
-        owner = self.example[window[kept]]
-        rank = np.arange(len(kept)) - np.searchsorted(owner, owner)
-        kept, owner = kept[rank < n], owner[rank < n]
-        return owner, window[kept], pair[kept]
-
-    def answers(
-        self, owner: np.ndarray, window: np.ndarray, i: np.ndarray, j: np.ndarray, words: bool
-    ) -> Iterator[tuple[int, Answer]]:
-        """Spans of the columns i to j [A] as (example, answer), in their order.
+    def answers(self, found: Found, n: int, words: bool) -> Iterator[tuple[int, Answer]]:
+        """Of each example its n highest spans of all windows as (example, answer), best first.
 
         With `words` each is widened to whole words of the context.
         """
-        i_logit, j_logit = self.start[window, i], self.end[window, j]
+        total = (found.start + found.end).reshape(-1)
+        kept = np.flatnonzero(total > -np.inf)
+        owner = self.example[kept // found.first.shape[1]]
+        order = np.lexsort((-total[kept], owner))
+        kept, owner = kept[order], owner[order]
+        chosen = kept[np.arange(len(kept)) - np.searchsorted(owner, owner) < n]
+        window = chosen // found.first.shape[1]
+        i, j, i_logit, j_logit = (each.reshape(-1)[chosen] for each in found)
+        owner = self.example[window]
         score = np.exp(
             i_logit.astype(np.float64) - self.log_start[owner] + j_logit - self.log_end[owner]
         )
-        columns = (owner, window, i - self.begin[window], j - self.begin[window], score)
-        rows = zip(*(column.tolist() for column in (*columns, i_logit, j_logit)), strict=True)
-        for index, at, first, last, *numbers in rows:
-            feature = self.features[at]
-            context, base = feature.context, feature.part.start
-            first, last = base + first, base + last
-            if words:
-                first, last = whole_words(context.words, first, last)
-            begin, end = int(context.offsets[first, 0]), int(context.offsets[last, 1])
-            yield index, Answer(self.examples[index].context[begin:end], begin, end, *numbers)
+        base = self.windows.first[window] - self.begin[window]
+        columns = (owner, window, i + base, j + base, score, i_logit, j_logit)
+        contexts, examples = self.windows.contexts, self.examples
+        for index, at, first, last, *numbers in zip(*(c.tolist() for c in columns), strict=True):
+            begin, end = contexts[at].span(first, last, words)
+            yield index, Answer(examples[index].context[begin:end], begin, end, *numbers)
 
     def collected(self, answers: Iterable[tuple[int, Answer]]) -> list[Answers]:
         """The answers of each example, its best first, with what belongs to all of them."""
         found = [Answers() for _ in self.examples]
         for index, answer in answers:
             found[index].append(answer)
-        columns = (self.null(), self.log_start, self.log_end)
+        columns = (self.null, self.log_start, self.log_end)
         rows = zip(found, *(column.tolist() for column in columns), strict=True)
         for one, null, log_start, log_end in rows:
             one.null_logit, one.log_normalizers = null, (log_start, log_end)
@@ -219,19 +254,29 @@ class Table:
         return found
 
 
-def whole_words(words: np.ndarray, first: int, last: int) -> tuple[int, int]:
-    """The first and the last token of the words that two tokens belong to.
+class Decoder:
+    """One of the rules `spans` and `squad` with its options, to be called with what there is.
 
-    Args:
-      words: int [C], the word of each token, as in `Tokens`.
-      first: a token.
-      last: another, not before it.
+    Attributes:
+      rule: by which devices can look for all that it needs of a window; None if it needs logits.
     """
-    while first and words[first - 1] == words[first]:
-        first -= 1
-    while last + 1 < len(words) and words[last + 1] == words[last]:
-        last += 1
-    return first, last
+
+    def __init__(self, name: str, **options: Any):
+        """Takes the options of `decode_spans` or `decode_squad`."""
+        decode = {"spans": decode_spans, "squad": decode_squad}[name]
+        self.decode: Callable[..., list[Answers]] = functools.partial(decode, **options)
+        longest = options.get("max_answer_length", MAX_ANSWER_LENGTH)
+        self.rule: Rule | None = Spans(1, longest)
+        if name == "squad":
+            self.rule = Pairs(options.get("n_best", N_BEST), longest)
+        elif options.get("top_k", 1) > 1 or options.get("overlapping", False):
+            self.rule = None
+
+    def __call__(
+        self, examples: Sequence[Example], features: Sequence[Feature], logits: Sequence[Logits]
+    ) -> list[Answers]:
+        """See `decode_spans` and `decode_squad`."""
+        return self.decode(examples, features, logits)
 
 
 def decode_spans(
@@ -258,21 +303,19 @@ def decode_spans(
       overlapping: whether an answer may share characters with a better one.
 
     Raises:
-      ValueError: a logit is not finite (see `non_finite`), or a number is below 1.
+      NotFinite: a logit is not finite.
+      ValueError: a number is below 1.
     """
     if top_k < 1 or max_answer_length < 1:
         raise ValueError(f"top_k {top_k} and max_answer_length {max_answer_length} must be >= 1")
     if not features:
         return [Answers() for _ in examples]
-    table = Table(examples, features, logits)
-    start = np.where(table.may_start, table.start, -np.inf)
-    end = np.where(table.may_end, table.end, -np.inf)
-    max_answer_length = min(max_answer_length, start.shape[1])
+    table = Table(examples, features, logits, Spans(1, max_answer_length))
     if overlapping:
-        return overlapping_spans(table, start, end, top_k, max_answer_length, align_to_words)
-    found = table.collected(spans(table, start, end, 1, max_answer_length, align_to_words))
+        return overlapping_spans(table, top_k, max_answer_length, align_to_words)
+    found = table.collected(table.answers(table.found, 1, align_to_words))
     # Once a span is taken, the next best is searched among those without any of its tokens.
-    taken = np.zeros(start.shape, np.bool_)
+    taken = np.zeros((len(features), int(table.windows.lengths.max())), np.bool_)
     active = np.arange(len(features))
     for rank in range(1, top_k):
         active = np.array([row for row in active if len(found[table.example[row]]) == rank], int)
@@ -280,57 +323,30 @@ def decode_spans(
             break
         for row in active.tolist():
             last = found[table.example[row]][-1]
-            offsets = features[row].offsets
+            offsets = table.windows[row].offsets
             # A token without characters, as a normalizer may leave, is taken with its place.
             width = np.maximum(offsets[:, 1] - offsets[:, 0], 1)
             covered = (offsets[:, 0] < last.end) & (offsets[:, 0] + width > last.start)
             taken[row, table.begin[row] : table.stop[row]] |= covered
-        i, j, total = free_spans(start[active], end[active], taken[active], max_answer_length)
-        order = np.lexsort((-total, table.example[active]))
-        order = order[total[order] > -np.inf]
-        owner, first = np.unique(table.example[active[order]], return_index=True)
-        chosen = order[first]
-        spans_found = owner, active[chosen], i[chosen], j[chosen]
-        for index, answer in table.answers(*spans_found, align_to_words):
+        free = free_spans(table.start[active], table.end[active], taken[active], max_answer_length)
+        # Rows that are not asked any more have nothing.
+        shape = (2, len(features), 1)
+        next_best = Found(*np.zeros(shape, int), *np.full(shape, -np.inf))
+        for whole, part in zip(next_best, free, strict=True):
+            whole[active] = part
+        for index, answer in table.answers(next_best, 1, align_to_words):
             found[index].append(answer)
     return found
 
 
-def spans(
-    table: Table,
-    start: np.ndarray,
-    end: np.ndarray,
-    n: int,
-    max_answer_length: int,
-    align_to_words: bool,
-) -> Iterator[tuple[int, Answer]]:
-    """The n highest spans of each example, equal sums ordered by window and position."""
-    # The best sum that begins at each column. A span among the n best begins in one of the n best
-    # of these, so only those starts are paired with every end.
-    first = np.sort(best(start + highest_ahead(end, max_answer_length), n), axis=1)
-    last = first[:, :, None] + np.arange(max_answer_length)
-    pairs = np.take_along_axis(start, first, 1)[:, :, None] + np.where(
-        last < end.shape[1],
-        np.take_along_axis(end[:, None], np.minimum(last, end.shape[1] - 1), 2),
-        -np.inf,
-    )
-    owner, window, pair = table.candidates(pairs.reshape(len(pairs), -1), n)
-    i = first[window, pair // max_answer_length]
-    return table.answers(owner, window, i, i + pair % max_answer_length, align_to_words)
-
-
 def overlapping_spans(
-    table: Table,
-    start: np.ndarray,
-    end: np.ndarray,
-    top_k: int,
-    max_answer_length: int,
-    align_to_words: bool,
+    table: Table, top_k: int, max_answer_length: int, align_to_words: bool
 ) -> list[Answers]:
     """The `top_k` highest spans of each example, each place once."""
     n = 2 * top_k + 8
     while True:  # windows share tokens, and words have several: places come more than once
-        candidates = table.collected(spans(table, start, end, n, max_answer_length, align_to_words))
+        found = table.search(Spans(n, max_answer_length))
+        candidates = table.collected(table.answers(found, n, align_to_words))
         short = False
         for one in candidates:
             places = {(answer.start, answer.end): answer for answer in reversed(one)}
@@ -344,8 +360,8 @@ def overlapping_spans(
 
 def free_spans(
     start: np.ndarray, end: np.ndarray, taken: np.ndarray, max_answer_length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each row the columns i and j [W] of the best span without a taken token, and its sum."""
+) -> Found:
+    """Of each row the best span without a taken token."""
     width = start.shape[1]
     free = ~taken
     total, length = np.full(start.shape, -np.inf), np.zeros(start.shape, int)
@@ -356,20 +372,11 @@ def free_spans(
         better = sums > total[:, : width - more]
         total[:, : width - more][better] = sums[better]
         length[:, : width - more][better] = more
-    i = total.argmax(axis=1)
-    row = np.arange(len(total))
-    return i, i + length[row, i], total[row, i]
-
-
-def highest_ahead(values: np.ndarray, width: int) -> np.ndarray:
-    """[W, T], the highest of each value and the `width` - 1 that follow it."""
-    highest, reach = values, 1
-    while reach < min(width, values.shape[1]):
-        step = min(reach, width - reach)
-        shifted = np.full_like(highest, -np.inf)
-        shifted[:, :-step] = highest[:, step:]
-        highest, reach = np.maximum(highest, shifted), reach + step
-    return highest
+    row, i = np.arange(len(total)), total.argmax(axis=1)
+    j = i + length[row, i]
+    none = total[row, i] == -np.inf
+    columns = (i, j, np.where(none, -np.inf, start[row, i]), end[row, j])
+    return Found(*(each[:, None] for each in columns))
 
 
 def decode_squad(
@@ -390,26 +397,15 @@ def decode_squad(
       max_answer_length: in tokens.
 
     Raises:
-      ValueError: a logit is not finite (see `non_finite`), or a number is below 1.
+      NotFinite: a logit is not finite.
+      ValueError: a number is below 1.
     """
     if n_best < 1 or max_answer_length < 1:
         raise ValueError(f"n_best {n_best} and max_answer_length {max_answer_length} must be >= 1")
     if not features:
         return [Answers() for _ in examples]
-    table = Table(examples, features, logits)
-    # Pairs [W, n starts, n ends] of columns, those that do not count at -inf.
-    first, last = best(table.start, n_best), best(table.end, n_best)
-    i, j = first[:, :, None], last[:, None, :]
-    begins = np.take_along_axis(table.may_start, first, 1)[:, :, None]
-    ends = np.take_along_axis(table.may_end, last, 1)[:, None, :]
-    counts = begins & ends & (i <= j) & (j - i < max_answer_length)
-    first_logit = np.take_along_axis(table.start, first, 1)
-    last_logit = np.take_along_axis(table.end, last, 1)
-    sums = np.where(counts, first_logit[:, :, None] + last_logit[:, None, :], -np.inf)
-    owner, window, pair = table.candidates(sums.reshape(len(features), -1), n_best)
-    i = first[window, pair // last.shape[1]]
-    j = last[window, pair % last.shape[1]]
-    return table.collected(table.answers(owner, window, i, j, words=False))
+    table = Table(examples, features, logits, Pairs(n_best, max_answer_length))
+    return table.collected(table.answers(table.found, n_best, words=False))
 
 
 def probabilities(answers: Sequence[Answer]) -> list[float]:
@@ -525,26 +521,16 @@ def characters(feature: Feature, first: int, last: int, align_to_words: bool) ->
     )
 
 
-def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """[rows, longest], the shorter ones filled up with -inf."""
-    table = np.full((len(rows), max(map(len, rows))), -np.inf, rows[0].dtype)
-    for target, row in zip(table, rows, strict=True):
-        target[: len(row)] = row
-    return table
+def whole_words(words: np.ndarray, first: int, last: int) -> tuple[int, int]:
+    """The first and the last token of the words that two tokens belong to, in a window.
 
-
-def best(scores: np.ndarray, n: int) -> np.ndarray:
-    """Columns [rows, n] of the n highest values of each row, highest first, ties in order."""
-    n = min(n, scores.shape[1])
-    if n == 1:
-        return scores.argmax(axis=1)[:, None]
-    columns = np.sort(np.argpartition(scores, scores.shape[1] - n, axis=1)[:, -n:], axis=1)
-    lowest = np.take_along_axis(scores, columns, 1).min(axis=1, keepdims=True)
-    # A partition takes any of several equal values: of those at the border take the first.
-    higher, equal = scores > lowest, scores == lowest
-    wanted = n - higher.sum(axis=1, keepdims=True)
-    tied = np.flatnonzero(equal.sum(axis=1) > wanted[:, 0])
-    chosen = higher[tied] | (equal[tied] & (equal[tied].cumsum(axis=1) <= wanted[tied]))
-    columns[tied] = np.nonzero(chosen)[1].reshape(len(tied), n)
-    values = np.take_along_axis(scores, columns, 1)
-    return np.take_along_axis(columns, np.argsort(-values, axis=1, kind="stable"), 1)
+    Args:
+      words: int32 [C], the word of each token, as in `Feature`.
+      first: a token.
+      last: another, not before it.
+    """
+    while first and words[first - 1] == words[first]:
+        first -= 1
+    while last + 1 < len(words) and words[last + 1] == words[last]:
+        last += 1
+    return first, last

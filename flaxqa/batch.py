@@ -167,8 +167,7 @@ class Worker:
         from flaxqa import answers
 
         names = ("top_k", "max_answer_length", "align_to_words", "overlapping")
-        options = {name: getattr(self.config, name) for name in names}
-        return functools.partial(answers.decode_spans, **options)
+        return answers.Decoder("spans", **{name: getattr(self.config, name) for name in names})
 
     def computed_by(self) -> dict[str, Any]:
         """What computes: for the manifest."""

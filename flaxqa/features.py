@@ -14,18 +14,19 @@ Two ways of cutting a context that does not fit one window, by name:
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 from collections.abc import Iterable, Sequence
+from typing import overload
 
 import numpy as np
 import tokenizers
 
 from flaxqa.errors import DataError, UsageError, all_problems
+from flaxqa.tokens import Tokens, tokenize
 
 SPECIAL_TOKENS = 3  # [CLS] question [SEP] context [SEP]
 WINDOWS = ("overlap", "mlperf")
 MLPERF_QUESTION_TOKENS = 64
+TEXTS = ("question", "context")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,38 +36,6 @@ class Example:
     id: str
     question: str
     context: str
-
-
-class Tokens:
-    """A text's C tokens, without special ones.
-
-    Attributes:
-      ids: int32 [C].
-      offsets: int32 [C, 2], where each starts and ends in the text, in code points, end exclusive.
-      words: int32 [C], the number of the word (a piece between spaces and punctuation marks) each
-        belongs to; never falls.
-    """
-
-    encoding: tokenizers.Encoding
-
-    def __init__(self, ids: np.ndarray, offsets: np.ndarray, words: np.ndarray):
-        self.ids, self.offsets, self.words = ids, offsets, words
-
-    @classmethod
-    def of(cls, encoding: tokenizers.Encoding) -> Tokens:
-        """The tokens of an encoding, whose offsets and words are read when they are asked for."""
-        tokens = cls.__new__(cls)
-        tokens.ids, tokens.encoding = np.array(encoding.ids, np.int32), encoding
-        return tokens
-
-    @functools.cached_property
-    def offsets(self) -> np.ndarray:
-        pairs = itertools.chain.from_iterable(self.encoding.offsets)
-        return np.fromiter(pairs, np.int32, 2 * len(self.ids)).reshape(-1, 2)
-
-    @functools.cached_property
-    def words(self) -> np.ndarray:
-        return np.array(self.encoding.word_ids, np.int32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -97,12 +66,85 @@ class Feature:
     @property
     def offsets(self) -> np.ndarray:
         """int32 [C, 2] of its own context tokens: `context[start:end]` is the token's text."""
-        return self.context.offsets[self.part]
+        return self.context.places.offsets[self.part]
 
     @property
     def words(self) -> np.ndarray:
         """int32 [C], the words of its own context tokens."""
-        return self.context.words[self.part]
+        return self.context.places.words[self.part]
+
+
+class Windows(Sequence[Feature]):
+    """Windows side by side: a sequence of features, made when they are asked for.
+
+    Attributes:
+      input_ids: int32, the tokens of all windows one after the other.
+      ends: int64 [W], where each ends in `input_ids`.
+      lengths: int64 [W], the tokens of each.
+      example: int64 [W], the example of each, as in `Feature`.
+      context_start: int64 [W], as in `Feature`.
+      first: int64 [W], the first of its context's tokens that each has.
+      contexts: of each, the tokens of the whole context.
+      question_cut: of each, as in `Feature`.
+      counts: as in `Feature`, by window; those without are not in it.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[np.ndarray],
+        columns: Sequence[tuple[int, int, int, int]],
+        contexts: Sequence[Tokens],
+        question_cut: Sequence[bool],
+        counts: dict[int, np.ndarray],
+    ):
+        """Puts windows together.
+
+        Args:
+          pieces: whose tokens follow each other.
+          columns: of each window its length, example, `context_start` and `first`.
+          contexts: see above, as are the others.
+        """
+        self.input_ids = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+        table = np.array(columns, np.int64).reshape(-1, 4)
+        self.lengths, self.example, self.context_start, self.first = table.T.copy()
+        self.ends = np.cumsum(self.lengths)
+        self.contexts, self.question_cut, self.counts = contexts, question_cut, counts
+
+    @classmethod
+    def of(cls, features: Sequence[Feature]) -> Windows:
+        """Features side by side; what is there already stays."""
+        if isinstance(features, Windows):
+            return features
+        return cls(
+            [one.input_ids for one in features],
+            [(len(one), one.example, one.context_start, one.part.start) for one in features],
+            [one.context for one in features],
+            [one.question_cut for one in features],
+            {at: one.counts for at, one in enumerate(features) if one.counts is not None},
+        )
+
+    def __len__(self) -> int:
+        return len(self.contexts)
+
+    @overload
+    def __getitem__(self, index: int) -> Feature: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Feature]: ...
+    def __getitem__(self, index: int | slice) -> Feature | list[Feature]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        end, length = int(self.ends[index]), int(self.lengths[index])
+        begin, first = int(self.context_start[index]), int(self.first[index])
+        return Feature(
+            int(self.example[index]),
+            self.input_ids[end - length : end],
+            begin,
+            self.contexts[index],
+            slice(first, first + length - begin - 1),
+            self.question_cut[index],
+            self.counts.get(index),
+        )
 
 
 def question_limit(max_length: int, doc_stride: int) -> int:
@@ -125,7 +167,7 @@ def question_limit(max_length: int, doc_stride: int) -> int:
 
 def why_unanswerable(example: Example) -> str | None:
     """What keeps an example from being asked at all, or None: blank or invalid text."""
-    for name in ("question", "context"):
+    for name in TEXTS:
         text = getattr(example, name)
         if not text.strip():
             return f"the {name} is {'blank' if text else 'empty'}"
@@ -134,7 +176,7 @@ def why_unanswerable(example: Example) -> str | None:
 
 def why_invalid(example: Example) -> str | None:
     """Where an example has a lone surrogate, which is not Unicode text, or None."""
-    for name in ("question", "context"):
+    for name in TEXTS:
         text = getattr(example, name)
         if (at := lone_surrogate(text)) is not None:
             return f"the {name} has a lone surrogate, U+{ord(text[at]):04X}, at character {at}"
@@ -159,7 +201,7 @@ def make(
     windows: str = "overlap",
     max_question_length: int | None = None,
     known: dict[str, Tokens] | None = None,
-) -> list[Feature]:
+) -> Windows:
     """The windows of all examples, in their order; each distinct text is tokenized once.
 
     Args:
@@ -190,30 +232,43 @@ def make(
     if problems:
         raise DataError(all_problems("examples that cannot be asked", problems))
     cls, sep = (np.array([tokenizer.token_to_id(name)], np.int32) for name in ("[CLS]", "[SEP]"))
-    texts = [text for example in examples for text in (example.question, example.context)]
-    tokens = tokenize(tokenizer, texts, known)
-    features = []
+    questions, contexts = ([getattr(one, name) for one in examples] for name in TEXTS)
+    tokens = tokenize(tokenizer, questions, contexts, known)
+    pieces: list[np.ndarray] = []
+    columns, of_windows, question_cut = [], [], []
+    counts: dict[int, np.ndarray] = {}
     for index, example in enumerate(examples):
         question, context = tokens[example.question].ids, tokens[example.context]
-        cut = len(question) > limit
-        before = (cls, question[:limit], sep)
-        begin = min(len(question), limit) + 2
-        size, length = max_length - begin - 1, len(context.ids)
+        asked, length = len(question), len(context.ids)
+        cut = asked > limit
+        if cut:
+            question, asked = question[:limit], limit
+        begin = asked + 2
+        size = max_length - begin - 1
+        if length <= size:
+            pieces += (cls, question, sep, context.ids, sep)
+            columns.append((begin + length + 1, index, begin, 0))
+            of_windows.append(context)
+            question_cut.append(cut)
+            continue
         step = doc_stride if windows == "mlperf" else size - doc_stride
-        if length > size and (size < 1 or step < 1):
+        if size < 1 or step < 1:
             problems.append(
-                f"{example.id!r}: a question of {len(question)} tokens leaves no room for its "
-                f"context at max_length {max_length} and doc_stride {doc_stride}"
+                f"{example.id!r}: a question of {len(tokens[example.question].ids)} tokens leaves "
+                f"no room for its context at max_length {max_length} and doc_stride {doc_stride}"
             )
             continue
         parts = split(length, size, min(step, size))
-        counts = most_context(parts) if windows == "mlperf" else [None] * len(parts)
-        for part, count in zip(parts, counts, strict=True):
-            ids = np.concatenate((*before, context.ids[part], sep))
-            features.append(Feature(index, ids, begin, context, part, cut, count))
+        if windows == "mlperf":
+            counts |= enumerate(most_context(parts), len(of_windows))
+        for part in parts:
+            pieces += (cls, question, sep, context.ids[part], sep)
+            columns.append((begin + part.stop - part.start + 1, index, begin, part.start))
+        of_windows += [context] * len(parts)
+        question_cut += [cut] * len(parts)
     if problems:
         raise DataError(all_problems("examples that cannot be asked", problems))
-    return features
+    return Windows(pieces, columns, of_windows, question_cut, counts)
 
 
 def default_question_limit(max_length: int, doc_stride: int, windows: str) -> int:
@@ -232,22 +287,6 @@ def default_question_limit(max_length: int, doc_stride: int, windows: str) -> in
             f"of at least 1 and a length above {MLPERF_QUESTION_TOKENS + SPECIAL_TOKENS}"
         )
     return MLPERF_QUESTION_TOKENS
-
-
-def tokenize(
-    tokenizer: tokenizers.Tokenizer, texts: Iterable[str], known: dict[str, Tokens] | None = None
-) -> dict[str, Tokens]:
-    """The tokens of each distinct text; `known` gives what it has and then holds these."""
-    before = dict(known or ())
-    distinct = list(dict.fromkeys(texts))
-    new = [text for text in distinct if text not in before]
-    encodings = tokenizer.encode_batch(new, add_special_tokens=False)
-    fresh = {text: Tokens.of(encoding) for text, encoding in zip(new, encodings, strict=True)}
-    tokens = {text: fresh[text] if text in fresh else before[text] for text in distinct}
-    if known is not None:
-        known.clear()
-        known.update(tokens)
-    return tokens
 
 
 def split(length: int, size: int, step: int) -> list[slice]:

@@ -2,23 +2,25 @@
 
 A row holds the tokens of many windows one after the other, without padding between them. All that
 a token does alone (norms, projections, feed-forward: 24 parts in 25 of the work at 176 tokens)
-runs over the whole row as one product; attention runs window by window. So a row is full whatever
-the lengths of its windows, and one compiled shape serves them all.
+runs over the whole row as one product; attention (`flaxqa.attention`) stays inside the windows. So
+a row is full whatever the lengths of its windows, and one compiled shape serves them all.
 
-Axes: M tokens of a row, W windows of a row, L tokens of its longest window; D, F, N, H and S as in
-`model.py`, which says what is computed; tests/test_inference.py holds the two together. What
-differs is the order of the work:
+Axes: M tokens of a row, W window slots of a row; D, F, N, H as in `model.py`, which says what is
+computed; tests/test_inference.py holds the two together. What differs is the order of the work:
+the scale of the scores is folded into the weights of the queries, and layers are stacked and
+scanned over, so that a compiled program has one of them.
 
-- queries, keys and values come out of one product, the scale of the scores folded into its weights;
-- layers are stacked and scanned over, so that a compiled program has one of them;
-- scores are normalised after they have weighted the values, in M x D numbers instead of M x S x N.
+On accelerators what lies in memory between products is bfloat16 where the weights are: the results
+of products and the residuals; norms, activations and sums inside products stay float32. Logits are
+then within 0.006 of those of float32, relative, where float32 between the products gives 0.003; F1
+is the same (docs/performance.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,7 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from flaxqa.attention import Attention
 from flaxqa.model import ACTIVATIONS, EncoderConfig, QuestionAnsweringModel, accumulator
+from flaxqa.spans import Found, Rule, Spans, Summary
 
 Weights = dict[str, Any]
 PerToken = Int[Array | np.ndarray, "M"]
@@ -47,7 +51,7 @@ class Ragged:
         with segment embeddings.
       positions: int32 [M], the place of each token in its window, 0 after the last window.
       window: int32 [M], the window of each token, 0 after the last window. A CPU does not read it.
-      starts: int32 [W], the first token of each window.
+      starts: int32 [W], the first token of each window, 0 after the last window.
       lengths: int32 [W], 0 after the last window.
     """
 
@@ -59,6 +63,32 @@ class Ragged:
     lengths: PerWindow
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Where the answers of a row's windows may be; or of such rows, one for each device.
+
+    Attributes:
+      start: int32 [W], the place of each window's first context token; the last one is before the
+        window's last token.
+      may_start: bool [M], which of the context tokens may begin an answer.
+    """
+
+    start: PerWindow
+    may_start: Any
+
+
+def row_of(sizes: Sequence[int], *, tokens: int, windows: int) -> Ragged:
+    """A row of windows of so many tokens each, all of their ids and types 0."""
+    lengths = np.zeros(windows, np.int32)
+    lengths[: len(sizes)] = sizes
+    starts = np.where(lengths > 0, np.cumsum(lengths) - lengths, 0).astype(np.int32)
+    nothing = np.zeros(tokens, np.int32)
+    positions, window = nothing.copy(), nothing.copy()
+    total = int(lengths.sum())
+    window[:total] = np.repeat(np.arange(windows), lengths)
+    positions[:total] = np.arange(total) - np.repeat(starts, lengths)
+    return Ragged(nothing, nothing, positions, window, starts, lengths)
 def weights_of(model: QuestionAnsweringModel) -> Weights:
     """The weights of a model as `forward` takes them: of each kind one array for all layers."""
     encoder, sums = model.encoder, accumulator(model.dtype)
@@ -107,38 +137,67 @@ def weights_of(model: QuestionAnsweringModel) -> Weights:
 
 
 def forward(
-    weights: Weights, row: Ragged, *, config: EncoderConfig, lengths: tuple[int, ...]
+    weights: Weights,
+    row: Ragged,
+    *,
+    config: EncoderConfig,
+    attention: Attention,
+    longest: int,
+    short: bool = False,
 ) -> Float[Array, "M 2"]:
     """The start and end logits of every token of a row; those after the last window mean nothing.
 
     Args:
       weights: of `weights_of`.
-      row: its windows have at most `lengths[-1]` tokens.
+      row: its windows have at most `longest` tokens.
       config: of the model.
-      lengths: ascending, at most M; what the windows are padded to for their attention alone.
+      attention: of `flaxqa.attention`.
+      longest: tokens of the longest window.
+      short: whether what lies between products has the dtype of the weights; else that of sums.
     """
-    sums = weights["qa_outputs"]["bias"].dtype
+    dtype, sums = (weights["qa_outputs"][name].dtype for name in ("kernel", "bias"))
+    between = dtype if short else sums
     x = weights["word_embeddings"][row.input_ids].astype(sums)
     if config.type_vocab_size:
         x += weights["token_type_embeddings"][row.token_types].astype(sums)
     x += weights["position_embeddings"][row.positions].astype(sums)
-    norm = functools.partial(layer_norm, epsilon=config.layer_norm_eps)
+
     activation = ACTIVATIONS[config.activation]
+    if short and config.activation == "gelu":
+        activation = short_gelu
+
+    def norm(x: Array, layer: Weights) -> Array:
+        return layer_norm(x, layer, epsilon=config.layer_norm_eps).astype(between)
+
+    def linear(x: Array, layer: Weights, sums: Any = sums) -> Array:
+        """x [M, A] to [M, B] of `sums`."""
+        return product(x, layer["kernel"], between).astype(sums) + layer["bias"].astype(sums)
 
     def layer(x: Array, layer: Weights) -> tuple[Array, None]:
-        mixed = attention(linear(x, layer["qkv"]), row, config.n_heads, lengths, layer)
+        q, k, v = (
+            linear(x, part, between).reshape(len(x), config.n_heads, -1).astype(dtype)
+            for part in thirds(layer["qkv"])
+        )
+        mixed = attention(q, k, v, row, longest).reshape(x.shape)
         x = norm(x + linear(mixed, layer["out"]), layer["attention_norm"])
-        fed = linear(activation(linear(x, layer["lin1"])), layer["lin2"])
-        return norm(x + fed, layer["output_norm"]), None
+        inner = activation(linear(x, layer["lin1"])).astype(between)
+        return norm(x + linear(inner, layer["lin2"]), layer["output_norm"]), None
 
     x, _ = jax.lax.scan(layer, norm(x, weights["embedding_norm"]), weights["layers"])
-    return linear(x, weights["qa_outputs"])
+    last = weights["qa_outputs"]
+    return product(x, last["kernel"], sums) + last["bias"]
 
 
-def linear(x: Array, layer: Weights) -> Array:
-    """x [M, A] to [M, B]; the product has the kernel's dtype, the sums the bias's."""
-    kernel, bias = layer["kernel"], layer["bias"]
-    return jax.lax.dot(x.astype(kernel.dtype), kernel, preferred_element_type=bias.dtype) + bias
+def thirds(qkv: Weights) -> list[Weights]:
+    """The layers of queries, keys and values. Three products need no copies where one result is cut
+    in three."""
+    parts = {name: jnp.split(array, 3, axis=-1) for name, array in qkv.items()}
+    return [{name: part[index] for name, part in parts.items()} for index in range(3)]
+
+
+def product(x: Array, kernel: Array, dtype: Any) -> Array:
+    """x [M, A] times the kernel [A, B], in the kernel's dtype, to [M, B] of another."""
+    return jax.lax.dot(x.astype(kernel.dtype), kernel, preferred_element_type=dtype)
 
 
 def layer_norm(x: Array, layer: Weights, *, epsilon: float) -> Array:
@@ -148,68 +207,52 @@ def layer_norm(x: Array, layer: Weights, *, epsilon: float) -> Array:
     return centred * jax.lax.rsqrt(variance + epsilon) * layer["scale"] + layer["bias"]
 
 
-def attention(
-    qkv: Array, row: Ragged, n_heads: int, lengths: tuple[int, ...], layer: Weights
-) -> Array:
-    """The values [M, D] that the tokens of each window mix for each other, from qkv [M, 3 D]."""
-    given = {"n_heads": n_heads, "lengths": lengths, "dtype": layer["out"]["kernel"].dtype}
-    by_platform: dict[str, Callable[..., Array]] = {
-        "cpu": functools.partial(window_by_window, **given),
-        "default": functools.partial(all_windows, **given),
-    }
-    return jax.lax.platform_dependent(qkv, row, **by_platform)
+# Minimax fit of logit(Phi(x)) / x by a polynomial in x^2, |x| up to 5, Phi the normal distribution:
+# `python -m pytest tests/test_inference.py -k gelu` holds it to BERT's GELU.
+GELU = (
+    -2.01149259e-08, 1.42295581e-06, -2.72505926e-05, -5.87744199e-04, 7.40787610e-02,
+    1.59467549e00,
+)  # fmt: skip
 
 
-def window_by_window(
-    qkv: Array, row: Ragged, *, n_heads: int, lengths: tuple[int, ...], dtype: Any
-) -> Array:
-    """Attention for a CPU, where the scores of one window stay in the cache.
+def short_gelu(x: Array) -> Array:
+    """BERT's GELU, x Phi(x), to the last bit of bfloat16: its relative error is below 4e-4.
 
-    One loop for the windows of each length: of a row, whatever it holds, next to nothing is padded.
+    Phi is the logistic function of a polynomial, which keeps it exact where it is small. That takes
+    a third of the instructions of float32's error function, which GPUs wait for.
     """
-    dim = qkv.shape[1] // 3
-
-    def one(length: int, index: Array, mixed: Array) -> Array:
-        # The last windows are read from further left, so that the slice stays inside the row.
-        start = jnp.minimum(row.starts[index], len(qkv) - length)
-        first = row.starts[index] - start
-        column = jnp.arange(length)
-        own = (column >= first) & (column < first + row.lengths[index])
-        part = jax.lax.dynamic_slice_in_dim(qkv, start, length).astype(dtype)
-        q, k, v = (each.reshape(length, n_heads, -1) for each in jnp.split(part, 3, axis=1))
-        new = attend(q, k, v, own).reshape(length, dim)
-        old = jax.lax.dynamic_slice_in_dim(mixed, start, length)
-        new = jnp.where(own[:, None], new, old)
-        return jax.lax.dynamic_update_slice_in_dim(mixed, new, start, axis=0)
-
-    mixed, begin = jnp.zeros((len(qkv), dim), qkv.dtype), jnp.int32(0)
-    for shorter, length in reversed(list(zip((0, *lengths), lengths, strict=False))):
-        end = (row.lengths > shorter).sum(dtype=np.int32)
-        mixed = jax.lax.fori_loop(begin, end, functools.partial(one, length), mixed)
-        begin = end
-    return mixed
+    square = jnp.minimum(x * x, 25.0)
+    power = jnp.polyval(jnp.array(GELU, x.dtype), square)
+    # The square of rsqrt instead of a division: one instruction, and 0 for infinity.
+    root = jax.lax.rsqrt(1.0 + jnp.exp(-x * power))
+    return x * root * root
 
 
-def all_windows(
-    qkv: Array, row: Ragged, *, n_heads: int, lengths: tuple[int, ...], dtype: Any
-) -> Array:
-    """Attention for an accelerator: all windows at once, each padded to the longest."""
-    longest = lengths[-1]
+def search(
+    logits: Float[Array, "M 2"], row: Ragged, context: Context, *, rule: Rule, longest: int
+) -> tuple[Found, Summary]:
+    """The best spans of each window of a row, and what else decoding needs of its logits.
+
+    Args:
+      logits: of `forward`.
+      row: as given to it.
+      context: of its windows.
+      rule: by which spans are chosen.
+      longest: tokens of the longest window.
+    """
     column = jnp.arange(longest)
-    place = jnp.minimum(row.starts[:, None] + column, len(qkv) - 1)
-    padded = qkv.astype(dtype)[place].reshape(*place.shape, 3, n_heads, -1)
-    own = column < row.lengths[:, None]
-    mixed = jax.vmap(attend)(padded[:, :, 0], padded[:, :, 1], padded[:, :, 2], own)
-    return mixed.reshape(place.size, -1)[row.window * longest + row.positions]
-
-
-def attend(q: Array, k: Array, v: Array, own: Array) -> Array:
-    """One window's attention: q, k, v [L, N, H] and which of its L are tokens to [L, N, H]."""
-    sums = accumulator(q.dtype)
-    product = functools.partial(jnp.einsum, preferred_element_type=sums)
-    scores = product("TNH,SNH->NTS", q, k)
-    # The lowest finite number and not -inf: a window without tokens must not become NaN.
-    scores = jnp.where(own, scores, jnp.finfo(sums).min)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    mixed = product("NTS,SNH->TNH", weights.astype(q.dtype), v)
-    return mixed / weights.sum(-1).T[:, :, None]
+    place = jnp.minimum(row.starts[:, None] + column, len(logits) - 1)
+    inside = column < row.lengths[:, None]
+    both = jnp.where(inside[:, :, None], logits[place], -jnp.inf)
+    start, end = both[:, :, 0], both[:, :, 1]
+    may_end = (column >= context.start[:, None]) & (column < row.lengths[:, None] - 1)
+    may_start = may_end & context.may_start[place]
+    if isinstance(rule, Spans):
+        starts, ends = jnp.where(may_start, start, -jnp.inf), jnp.where(may_end, end, -jnp.inf)
+        found = rule.find(starts, ends, jnp)
+    else:
+        found = rule.find(start, end, may_start, may_end, jnp)
+    weighed = may_end | (column == 0)
+    logs = [jax.nn.logsumexp(jnp.where(weighed, each, -jnp.inf), axis=1) for each in (start, end)]
+    finite = (jnp.isfinite(both).all(-1) | ~inside).all(1)
+    return found, Summary(finite, start[:, 0], end[:, 0], *logs)

@@ -19,10 +19,12 @@ import tokenizers
 
 from flaxqa import answers, checkpoint, features, predict
 from flaxqa.checkpoint import Checkpoint
+from flaxqa.devices import use_compilation_cache
 from flaxqa.errors import DataError, ModelRejected, UsageError, all_problems
 from flaxqa.features import Example
 from flaxqa.model import QuestionAnsweringModel
 from flaxqa.reader import NOT_FINITE, RECORDS_PER_CHUNK, check_counts, chunks
+from flaxqa.tokens import Tokens
 
 TASK = "question-answering"
 # What 4.57 takes when no model is named.
@@ -152,7 +154,7 @@ def pipeline(
         dtype = None
     elif str(dtype).startswith("torch."):
         dtype = str(dtype).removeprefix("torch.")
-    predict.use_compilation_cache()
+    use_compilation_cache()
     if model is None:
         warnings.warn(
             f"No model was supplied, defaulted to {DEFAULT_MODEL} and revision {DEFAULT_REVISION}.",
@@ -221,7 +223,7 @@ class QuestionAnsweringPipeline:
             devices=devices,
             batch_tokens=None if batch_size is None else batch_size * positions,
         )
-        self.known: dict[str, features.Tokens] = {}
+        self.known: dict[str, Tokens] = {}
 
     def __repr__(self) -> str:
         return f"<QuestionAnsweringPipeline of a {type(self.model).__name__}, {self.defaults}>"
@@ -294,7 +296,7 @@ class QuestionAnsweringPipeline:
                     f"max_seq_len is {parameters.max_seq_len}"
                 )
             logits = self.predictor.predict(windows)
-            if answers.non_finite(windows, logits):
+            if not logits.finite().all():
                 raise DataError(NOT_FINITE)
             found = answers.decode_pipeline(
                 examples,

@@ -22,11 +22,13 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from flaxqa import answers, checkpoint, features, predict
-from flaxqa.answers import Answer, Answers
+from flaxqa.answers import Answer, Answers, Decoder, NotFinite
 from flaxqa.checkpoint import Checkpoint
+from flaxqa.devices import default_dtype, use_compilation_cache
 from flaxqa.errors import DataError, ModelRejected, UsageError
-from flaxqa.features import Example, Feature
-from flaxqa.predict import Logits
+from flaxqa.features import Example, Feature, Windows
+from flaxqa.spans import Logits
+from flaxqa.tokens import Tokens
 
 MAX_LENGTH, DOC_STRIDE = 384, 128
 RECORDS_PER_CHUNK = 1_024
@@ -86,7 +88,7 @@ class Prepared(NamedTuple):
 
     reasons: list[str | None]
     asked: list[Example]
-    windows: list[Feature]
+    windows: Windows
     seconds: float
 
 
@@ -106,7 +108,7 @@ def load(
 ) -> Reader:
     """A reader of a DistilBERT or BERT question-answering checkpoint.
 
-    Compiled code is kept in JAX's cache (see `flaxqa.predict.use_compilation_cache`), so a later
+    Compiled code is kept in JAX's cache (see `flaxqa.devices.use_compilation_cache`), so a later
     process starts faster.
 
     Args:
@@ -128,9 +130,9 @@ def load(
       UsageError: an option cannot be used, or there is no such directory or repository.
       TryAgain: the hub cannot be reached and its cache has no copy.
     """
-    predict.use_compilation_cache()
+    use_compilation_cache()
     if isinstance(dtype, str) and dtype == "auto":
-        dtype = predict.default_dtype(devices)
+        dtype = default_dtype(devices)
     loaded = checkpoint.load(model, revision=revision, dtype=dtype)
     return Reader(
         loaded,
@@ -245,18 +247,13 @@ class Reader:
         if isinstance(records, (str, Mapping)):
             raise UsageError("records are an iterable of records; for one there is answer()")
 
-        def decode(
-            examples: Sequence[Example], windows: Sequence[Feature], logits: Sequence[Logits]
-        ) -> list[Answers]:
-            return answers.decode_spans(
-                examples,
-                windows,
-                logits,
-                top_k=top_k,
-                max_answer_length=max_answer_length,
-                align_to_words=align_to_words,
-                overlapping=overlapping,
-            )
+        decode = Decoder(
+            "spans",
+            top_k=top_k,
+            max_answer_length=max_answer_length,
+            align_to_words=align_to_words,
+            overlapping=overlapping,
+        )
 
         def stream() -> Iterator[Answers]:
             read = ((record, as_example(record)) for record in records)
@@ -369,8 +366,8 @@ class Reader:
         return together
 
     def windows_of(
-        self, examples: Sequence[Example], known: dict[str, features.Tokens] | None = None
-    ) -> list[Feature]:
+        self, examples: Sequence[Example], known: dict[str, Tokens] | None = None
+    ) -> Windows:
         """The windows of examples that can be asked; see `flaxqa.features.make`."""
         return features.make(
             examples,
@@ -384,9 +381,7 @@ class Reader:
     def answer_chunks(
         self,
         chunks: Iterable[Sequence[Example | str]],
-        decode: Callable[
-            [Sequence[Example], Sequence[Feature], Sequence[Logits]], Sequence[Answers]
-        ],
+        decode: Decoder,
         progress: Callable[[int, int], None] = lambda questions, windows: None,
     ) -> Iterator[tuple[list[Answers], Spent]]:
         """Runs chunks of examples; what cannot be asked or answered has the reason in `error`.
@@ -397,7 +392,7 @@ class Reader:
 
         Args:
           chunks: of examples, each an example, or why there is none.
-          decode: a decoder of `flaxqa.answers`, its options given.
+          decode: a rule of `flaxqa.answers`.
           progress: called with the numbers of questions and of windows just done, batch by batch.
         """
         predictor = self.predictor
@@ -406,7 +401,7 @@ class Reader:
         to_show: collections.deque[tuple[int, int, int]] = collections.deque()
         waited = 0.0
 
-        def windows() -> Iterator[list[Feature]]:
+        def windows() -> Iterator[Windows]:
             nonlocal waited
             for future in self.prepare_ahead(chunks, failures):
                 clock = time.perf_counter()
@@ -426,7 +421,7 @@ class Reader:
                 to_show.popleft()
             progress(shown, windows)
 
-        stream = predictor.stream(windows(), advance)
+        stream = predictor.stream(windows(), advance, decode.rule)
         began = time.perf_counter()
         with contextlib.closing(stream):
             while True:
@@ -449,7 +444,7 @@ class Reader:
                         device_seconds=computed - clock - compiled - waited,
                         decode_seconds=ended - computed,
                         windows=len(prepared.windows),
-                        tokens=sum(map(len, prepared.windows)),
+                        tokens=int(prepared.windows.lengths.sum()),
                         computed_tokens=predictor.computed_tokens - tokens,
                     ),
                 )
@@ -461,7 +456,7 @@ class Reader:
         self, chunks: Iterable[Sequence[Example | str]], failures: list[Exception]
     ) -> Iterator[concurrent.futures.Future[Prepared]]:
         """The chunks as windows, the next one begun; an error of `chunks` ends them."""
-        known: dict[str, features.Tokens] = {}
+        known: dict[str, Tokens] = {}
         before: concurrent.futures.Future[Prepared] | None = None
         with concurrent.futures.ThreadPoolExecutor(1, "tokenize") as pool:
             iterator = iter(chunks)
@@ -481,7 +476,7 @@ class Reader:
                 yield before
 
     def prepare(
-        self, examples: Sequence[Example | str], known: dict[str, features.Tokens]
+        self, examples: Sequence[Example | str], known: dict[str, Tokens]
     ) -> Prepared:
         """The windows of a chunk."""
         began = time.perf_counter()
@@ -498,23 +493,21 @@ class Reader:
         return Prepared(reasons, asked, windows, time.perf_counter() - began)
 
     def decode(
-        self,
-        prepared: Prepared,
-        logits: Sequence[Logits],
-        decode: Callable[
-            [Sequence[Example], Sequence[Feature], Sequence[Logits]], Sequence[Answers]
-        ],
+        self, prepared: Prepared, scores: Sequence[Logits], decode: Decoder
     ) -> list[Answers]:
         """The answers of a chunk, in its order."""
-        windows = prepared.windows
-        bad = answers.non_finite(windows, logits)
-        finite = [index for index, window in enumerate(windows) if window.example not in bad]
-        decoded = decode(
-            prepared.asked, [windows[index] for index in finite], [logits[i] for i in finite]
-        )
-        for window in windows:
-            decoded[window.example].n_windows += 1
-            decoded[window.example].question_cut = window.question_cut
+        windows, bad = Windows.of(prepared.windows), set[int]()
+        try:
+            decoded = decode(prepared.asked, windows, scores)
+        except NotFinite as error:
+            bad = set(error.examples)
+            finite = [at for at, window in enumerate(windows) if window.example not in bad]
+            decoded = decode(
+                prepared.asked, [windows[at] for at in finite], [scores[at] for at in finite]
+            )
+        for index, cut in zip(windows.example.tolist(), windows.question_cut, strict=True):
+            decoded[index].n_windows += 1
+            decoded[index].question_cut = cut
         for index in bad:
             decoded[index].error = NOT_FINITE
         answered = iter(decoded)

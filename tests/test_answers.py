@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from flaxqa import answers
-from flaxqa.features import Example, Feature, Tokens
-from flaxqa.predict import Logits
+from flaxqa.features import Example, Feature
+from flaxqa.spans import Logits, Scores
+from flaxqa.tokens import Places, Tokens
 
 
 def window(example, question_tokens, offsets, words=None, counts=None):
@@ -15,7 +16,8 @@ def window(example, question_tokens, offsets, words=None, counts=None):
     ids = np.full(before + n + 1, 7, np.int32)
     ids[0] = 1
     words = np.arange(n) if words is None else np.array(words)
-    context = Tokens(ids[before:-1], np.array(offsets, np.int32).reshape(-1, 2), words)
+    places = Places(np.array(offsets, np.int32).reshape(-1, 2), words)
+    context = Tokens(ids[before:-1], places=places)
     return Feature(example, ids, before, context, slice(0, n), False, counts)
 
 
@@ -130,7 +132,7 @@ def test_where_no_pair_counts_there_is_no_answer():
 def test_logits_that_are_not_finite_are_refused_by_example(value):
     examples, features, logits = random_case(np.random.default_rng(1), n_examples=3)
     logits[-1].end[2] = value
-    assert answers.non_finite(features, logits) == {2}
+    assert np.flatnonzero(~Scores.of(logits).finite()).tolist() == [len(logits) - 1]
     with pytest.raises(ValueError, match=r"not finite for \['2'\]"):
         answers.decode_squad(examples, features, logits)
 
@@ -153,7 +155,7 @@ def brute_force(examples, features, logits, top_k, longest, overlapping):
             if feature.example != index:
                 continue
             begin, size = feature.context_start, len(feature.offsets)
-            base, words = feature.part.start, feature.context.words.tolist()
+            base, words = feature.part.start, feature.context.places.words.tolist()
             for i in range(size):
                 if feature.counts is not None and not feature.counts[i]:
                     continue
@@ -185,7 +187,8 @@ def test_the_spans_are_those_of_searching_every_one(seed, overlapping, top_k, lo
     contexts = []
     for _ in examples:
         words = np.cumsum(rng.random(60) < 0.6) if seed % 2 else characters
-        contexts.append(Tokens(characters, np.stack((characters, characters + 1), 1), words))
+        places = Places(np.stack((characters, characters + 1), 1), words)
+        contexts.append(Tokens(characters, places=places))
     for row, feature in enumerate(features):
         start, stop = int(feature.offsets[0, 0]), int(feature.offsets[-1, 1])
         features[row] = dataclasses.replace(

@@ -13,6 +13,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,10 +21,11 @@ from conftest import QUICKSTART, ROOT
 
 import flaxqa
 from eval import squad
-from flaxqa import batch, cli, files, parts, predict
+from flaxqa import batch, cli, files, parts, plan, predict
 from flaxqa.batch import QuestionAnswerer
 from flaxqa.config import PredictConfig
 from flaxqa.errors import DataError, TryAgain, UsageError
+from flaxqa.features import Windows
 
 MODEL = str(QUICKSTART / "checkpoint")
 QUESTIONS = 130
@@ -224,12 +226,12 @@ def test_an_error_while_one_shard_is_computed_keeps_those_before(
     started = []
     take = predict.Predictor.start
 
-    def failing(self, chosen, features, logits):
+    def failing(self, chosen, chunk):
         manifest = tmp_path / "_manifest.jsonl"
         started.append(len(lines_of(manifest)) if manifest.exists() else 0)
         if len(started) == 4:
             raise Stop
-        return take(self, chosen, features, logits)
+        return take(self, chosen, chunk)
 
     with monkeypatch.context() as patch:
         patch.setattr(predict.Predictor, "start", failing)
@@ -444,8 +446,8 @@ def test_logits_that_are_not_finite_set_their_record_aside(monkeypatch, source, 
 
     def broken(self, one):
         take(self, one)
-        if one.logits[0] is not None:
-            one.logits[0].start[3] = float("nan")
+        if len(one.chunk.windows):
+            one.chunk.tables[0][0, 3] = float("nan")
 
     monkeypatch.setattr(predict.Predictor, "take", broken)
     summary = batch.predict(configured(source, tmp_path))
@@ -639,11 +641,11 @@ def test_batches_are_halved_when_the_memory_does_not_suffice(
     predictors = []
     start = predict.Predictor.start
 
-    def with_little_memory(self, chosen, features, logits):
+    def with_little_memory(self, chosen, chunk):
         predictors.append(self)
-        one = start(self, chosen, features, logits)
+        one = start(self, chosen, chunk)
         if chosen.shape.tokens > most:
-            return one._replace(array=None)
+            return one._replace(logits=None)
         return one
 
     monkeypatch.setattr(predict.Predictor, "start", with_little_memory)
@@ -659,8 +661,8 @@ def test_batches_are_halved_when_the_memory_does_not_suffice(
 
 
 def test_memory_that_does_not_suffice_for_one_window_ends_the_run(monkeypatch, source, tmp_path):
-    def without_memory(self, chosen, features, logits):
-        return predict.UnderWay(features, logits, chosen, None, None)
+    def without_memory(self, chosen, chunk):
+        return predict.UnderWay(chunk, chosen, None)
 
     with monkeypatch.context() as patch:
         patch.setattr(predict.Predictor, "start", without_memory)
@@ -681,7 +683,8 @@ def test_an_error_of_the_devices_is_recognised_as_lack_of_memory(source, tmp_pat
     shape = predictor.plan([10])[0].shape
     predictor.compiled[shape] = failing
     with pytest.raises(jax.errors.JaxRuntimeError, match="device is lost"):
-        predictor.start(predict.Batch(shape, [[] for _ in predictor.devices]), [], [])
+        nothing = predict.Chunk(Windows.of([]), [], np.dtype(np.float32))
+        predictor.start(plan.Batch(shape, [[] for _ in predictor.devices]), nothing)
 
 
 # --- several processes ---

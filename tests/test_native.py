@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY
 from flax import nnx
 
-from flaxqa import inference, native, predict
+from flaxqa import attention, inference, native, predict
 from flaxqa.errors import UsageError
 from flaxqa.inference import Ragged
 from flaxqa.model import BertConfig, DistilBertConfig, DistilBertForQuestionAnswering
@@ -81,8 +81,12 @@ def xla_logits(config, weights, ragged, dtype):
             lambda path, array: array.astype(sums if path[-1].key in ("bias", "scale") else dtype),
             weights,
         )
-        lengths = (int(ragged.lengths.max()),)
-        forward = functools.partial(inference.forward, config=config, lengths=lengths)
+        forward = functools.partial(
+            inference.forward,
+            config=config,
+            attention=attention.windows,
+            longest=int(ragged.lengths.max()),
+        )
         return np.asarray(jax.jit(forward)(given, ragged))[: int(ragged.lengths.sum())]
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import flaxqa
 from flaxqa import answers, checkpoint, features, pipelines
 from flaxqa.errors import ModelRejected, UsageError
+from flaxqa.spans import Logits
+from flaxqa.tokens import Places, Tokens
 
 MODEL = QUICKSTART / "checkpoint"
 QUESTION = "What did the ship Tulflora carry?"
@@ -427,11 +429,12 @@ def test_every_name_of_the_rule_is_used():
 
 def test_a_window_is_decoded_as_written_out_by_hand():
     """[CLS] q [SEP] a b c [SEP] with one token a letter; `b` and `c` are one word."""
-    tokens = features.Tokens(np.arange(3), np.array([[0, 1], [1, 2], [2, 3]]), np.array([0, 1, 1]))
+    places = Places(np.array([[0, 1], [1, 2], [2, 3]]), np.array([0, 1, 1]))
+    tokens = Tokens(np.arange(3), places=places)
     window = features.Feature(0, np.array([1, 7, 2, 4, 5, 6, 2]), 3, tokens, slice(0, 3), False)
     start = np.log(np.array([2, 9, 9, 1, 4, 1, 9], np.float32))
     end = np.log(np.array([4, 9, 9, 1, 2, 1, 9], np.float32))
-    logits = [answers.Logits(start, end)]
+    logits = [Logits(start, end)]
     example = features.Example("1", "q", "abc")
     # Over [CLS], a, b, c both softmaxes divide by 8: b-b is 4 * 2 / 64, b-c 4 * 1 / 64.
     (raw,) = answers.decode_pipeline([example], [window], logits, align_to_words=False)

@@ -13,7 +13,7 @@ import flaxqa
 from eval import squad
 from flaxqa import features, predict
 from flaxqa.errors import DataError, ModelRejected, UsageError
-from flaxqa.predict import Logits
+from flaxqa.spans import Logits
 from flaxqa.reader import Reader, chunks
 
 CONTEXT = (
@@ -203,8 +203,8 @@ def test_one_question_that_cannot_be_asked_is_an_error(reader, question, context
 def test_logits_that_are_not_finite_are_an_error_of_their_row(reader, monkeypatch):
     whole = predict.Predictor.stream
 
-    def spoilt(self, chunks, progress):
-        for logits in whole(self, chunks, progress):
+    def spoilt(self, chunks, progress, rule):
+        for logits in whole(self, chunks, progress, rule):
             yield [
                 Logits(one.start * np.nan, one.end) if index == 1 else one
                 for index, one in enumerate(logits)
@@ -216,8 +216,8 @@ def test_logits_that_are_not_finite_are_an_error_of_their_row(reader, monkeypatc
     assert good == also
     assert bad == []
 
-    def infinite(self, chunks, progress):
-        for logits in whole(self, chunks, progress):
+    def infinite(self, chunks, progress, rule):
+        for logits in whole(self, chunks, progress, rule):
             yield [Logits(one.start * np.inf, one.end) for one in logits]
 
     monkeypatch.setattr(predict.Predictor, "stream", infinite)
@@ -255,10 +255,9 @@ def test_many_questions_tokenize_their_context_once(small, monkeypatch):
     texts = []
     tokenize = features.tokenize
 
-    def counting(tokenizer, given, known):
-        given = list(given)
-        texts.extend(set(given) - known.keys())
-        return tokenize(tokenizer, given, known)
+    def counting(tokenizer, questions, contexts, known):
+        texts.extend({*questions, *contexts} - known.keys())
+        return tokenize(tokenizer, questions, contexts, known)
 
     monkeypatch.setattr(features, "tokenize", counting)
     asked = [f"{QUESTION} {i}" for i in range(5)]

@@ -14,7 +14,7 @@ from eval.config import EvalConfig
 from flaxqa import answers, checkpoint, predict, reader
 from flaxqa.config import read_toml
 from flaxqa.errors import DataError, ModelRejected, TryAgain, UsageError
-from flaxqa.predict import Logits
+from flaxqa.spans import Logits
 
 FILES = {
     "predictions.json",
@@ -171,8 +171,9 @@ def test_nothing_that_can_be_asked_is_no_crash(tmp_path):
 def test_a_row_whose_logits_are_not_finite_is_set_aside(tmp_path, monkeypatch):
     whole = predict.Predictor.stream
 
-    def spoilt(self, chunks, progress):
-        for logits in whole(self, chunks, progress):
+    def spoilt(self, chunks, progress, rule):
+        for scores in whole(self, chunks, progress, rule):
+            logits = list(scores)
             logits[3] = Logits(logits[3].start * np.nan, logits[3].end)
             yield logits
 

@@ -117,7 +117,6 @@ def forward(
     row: Ragged,
     *,
     config: EncoderConfig,
-    lengths: tuple[int, ...] = (),
     instruction_set: str | None = None,
 ) -> Float[Array, "M 2"]:
     """The start and end logits of every token of a row; 0 after the last window.
@@ -126,7 +125,6 @@ def forward(
       weights: of `weights_of`.
       row: whose windows lie one after the other from its beginning.
       config: of the model.
-      lengths: not read; `inference.forward` has it.
       instruction_set: one of `library().instruction_sets`; None for the fastest.
 
     Raises:
