@@ -77,13 +77,18 @@ class Answers(list[Answer]):
       error: why nothing could be answered, or None.
     """
 
-    null_odds: float = math.inf
-    null_logit: float = math.inf
-    log_normalizers: tuple[float, float] = (-math.inf, -math.inf)
-    n_windows: int = 0
-    question_cut: bool = False
-    record: Any = None
-    error: str | None = None
+    __slots__ = (
+        "error", "log_normalizers", "n_windows", "null_logit", "null_odds", "question_cut",
+        "record",
+    )  # fmt: skip
+
+    def __init__(self, answers: Iterable[Answer] = ()) -> None:
+        super().__init__(answers)
+        self.null_odds = self.null_logit = math.inf
+        self.log_normalizers = (-math.inf, -math.inf)
+        self.n_windows, self.question_cut = 0, False
+        self.record: Any = None
+        self.error: str | None = None
 
     def copy(self) -> Answers:
         """The same answers with all that belongs to them."""
@@ -197,12 +202,16 @@ class Table:
 
     def log_normalizer(self, logits: np.ndarray) -> np.ndarray:
         """Of each example the log of the summed exponentials over its context tokens and [CLS]s."""
-        masked = np.where(self.may_end, logits.astype(np.float64), -np.inf)
-        masked[:, 0] = logits[:, 0]
+        weighed = self.may_end.copy()
+        weighed[:, 0] = True
         peak = np.full(len(self.examples), -np.inf)
-        np.maximum.at(peak, self.example, masked.max(axis=1))
-        exponentials = np.exp(masked - peak[self.example, None]).sum(axis=1)
-        return self.summed(exponentials, peak)
+        highest = logits.max(axis=1, where=weighed, initial=-np.inf)
+        np.maximum.at(peak, self.example, highest)
+        # Nothing is computed of the rest, which is most of a table.
+        powers = np.zeros(logits.shape)
+        np.subtract(logits, peak[self.example, None], out=powers, where=weighed, dtype=np.float64)
+        np.exp(powers, out=powers, where=weighed)
+        return self.summed(powers.sum(axis=1), peak)
 
     def joined(self, logs: np.ndarray) -> np.ndarray:
         """Of each example the same, from that of each window alone."""

@@ -20,8 +20,8 @@ from typing import overload
 import numpy as np
 import tokenizers
 
+from flaxqa import tokens
 from flaxqa.errors import DataError, UsageError, all_problems
-from flaxqa.tokens import Tokens, tokenize
 
 SPECIAL_TOKENS = 3  # [CLS] question [SEP] context [SEP]
 WINDOWS = ("overlap", "mlperf")
@@ -55,7 +55,7 @@ class Feature:
     example: int
     input_ids: np.ndarray
     context_start: int
-    context: Tokens
+    context: tokens.Tokens
     part: slice
     question_cut: bool
     counts: np.ndarray | None = None
@@ -93,7 +93,7 @@ class Windows(Sequence[Feature]):
         self,
         pieces: Sequence[np.ndarray],
         columns: Sequence[tuple[int, int, int, int]],
-        contexts: Sequence[Tokens],
+        contexts: Sequence[tokens.Tokens],
         question_cut: Sequence[bool],
         counts: dict[int, np.ndarray],
     ):
@@ -185,6 +185,8 @@ def why_invalid(example: Example) -> str | None:
 
 def lone_surrogate(text: str) -> int | None:
     """Where a text has one first, or None."""
+    if text.isascii():
+        return None
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -200,7 +202,7 @@ def make(
     doc_stride: int = 128,
     windows: str = "overlap",
     max_question_length: int | None = None,
-    known: dict[str, Tokens] | None = None,
+    known: dict[str, tokens.Tokens] | None = None,
 ) -> Windows:
     """The windows of all examples, in their order; each distinct text is tokenized once.
 
@@ -212,8 +214,8 @@ def make(
         advance.
       windows: "overlap" or "mlperf", see the top of this file.
       max_question_length: the most tokens a question keeps; None for the default of `windows`.
-      known: tokens of texts that came before; those of this call's texts take their place, so that
-        a context which goes on in the next call is not tokenized again.
+      known: tokens of contexts that came before; those of this call take their place, so that a
+        context which goes on in the next call is not tokenized again.
 
     Raises:
       DataError: an example is not Unicode text, or its question leaves no room for its context;
@@ -232,13 +234,13 @@ def make(
     if problems:
         raise DataError(all_problems("examples that cannot be asked", problems))
     cls, sep = (np.array([tokenizer.token_to_id(name)], np.int32) for name in ("[CLS]", "[SEP]"))
-    questions, contexts = ([getattr(one, name) for one in examples] for name in TEXTS)
-    tokens = tokenize(tokenizer, questions, contexts, known)
+    questions = tokens.identify(tokenizer, (example.question for example in examples))
+    contexts = tokens.place(tokenizer, (example.context for example in examples), known)
     pieces: list[np.ndarray] = []
     columns, of_windows, question_cut = [], [], []
     counts: dict[int, np.ndarray] = {}
     for index, example in enumerate(examples):
-        question, context = tokens[example.question].ids, tokens[example.context]
+        question, context = questions[example.question], contexts[example.context]
         asked, length = len(question), len(context.ids)
         cut = asked > limit
         if cut:
@@ -254,8 +256,8 @@ def make(
         step = doc_stride if windows == "mlperf" else size - doc_stride
         if size < 1 or step < 1:
             problems.append(
-                f"{example.id!r}: a question of {len(tokens[example.question].ids)} tokens leaves "
-                f"no room for its context at max_length {max_length} and doc_stride {doc_stride}"
+                f"{example.id!r}: a question of {len(questions[example.question])} tokens leaves no "
+                f"room for its context at max_length {max_length} and doc_stride {doc_stride}"
             )
             continue
         parts = split(length, size, min(step, size))

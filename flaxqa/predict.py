@@ -527,18 +527,18 @@ class Predictor:
             total = int(ends[-1])
             lengths[device, :count], starts[device, :count] = sizes, ends - sizes
             contexts[device, :count] = windows.context_start[chosen]
-            place = np.arange(total)
+            column = np.arange(total)
             ids[device, :total] = windows.input_ids[
-                place + np.repeat(windows.ends[chosen] - ends, sizes)
+                column + np.repeat(windows.ends[chosen] - ends, sizes)
             ]
-            positions[device, :total] = own = place - np.repeat(ends - sizes, sizes)
+            positions[device, :total] = own = column - np.repeat(ends - sizes, sizes)
             if not self.window_by_window:
                 window[device, :total] = np.repeat(np.arange(count), sizes)
             if self.with_types:
                 types[device, :total] = own >= np.repeat(windows.context_start[chosen], sizes)
-            for index, at in zip(indices, starts[device].tolist(), strict=False):
+            for place, index in enumerate(indices if windows.counts else ()):
                 if (counts := windows.counts.get(index)) is not None:
-                    first = at + int(windows.context_start[index])
+                    first = starts[device, place] + windows.context_start[index]
                     may_start[device, first : first + len(counts)] = counts
         rows = Ragged(ids, types, positions, window, starts, lengths)
         return rows, Context(contexts, may_start)

@@ -277,7 +277,8 @@ class Reader:
                     no_answer = no_answer_threshold is not None and (
                         one.no_answer_score > no_answer_threshold
                     )
-                    one[:] = [] if no_answer else [a for a in one if a.score >= min_score]
+                    if no_answer or min_score > 0:
+                        one[:] = [] if no_answer else [a for a in one if a.score >= min_score]
                     yield one
 
         return stream()

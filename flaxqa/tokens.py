@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
+
+TEXTS_AT_ONCE = 32
+SEPARATOR = "[SEP]"
 
 
 class Places(NamedTuple):
@@ -58,8 +61,8 @@ class Tokens:
         """
         if (encoding := self.encoding) is not None:
             if whole_words:
-                first, _ = encoding.word_to_tokens(encoding.token_to_word(first))
-                last = encoding.word_to_tokens(encoding.token_to_word(last))[1] - 1
+                words = encoding.token_to_word(first), encoding.token_to_word(last)
+                return encoding.word_to_chars(words[0])[0], encoding.word_to_chars(words[1])[1]
             return encoding.token_to_chars(first)[0], encoding.token_to_chars(last)[1]
         offsets, words = self.places
         if whole_words:
@@ -68,34 +71,63 @@ class Tokens:
         return int(offsets[first, 0]), int(offsets[last, 1])
 
 
-def tokenize(
-    tokenizer: tokenizers.Tokenizer,
-    questions: Sequence[str],
-    contexts: Iterable[str],
-    known: dict[str, Tokens] | None = None,
+def place(
+    tokenizer: tokenizers.Tokenizer, texts: Iterable[str], known: dict[str, Tokens] | None = None
 ) -> dict[str, Tokens]:
-    """The tokens of each distinct text, on all cores; `known` gives what it has, then holds these.
-
-    Those of texts that are questions alone have no places, which nobody reads and which take time.
-    """
-    before = known or {}
-    placed = dict.fromkeys(contexts)
-    tokens = {
-        text: found
-        for text in itertools.chain(placed, questions)
-        if (found := before.get(text)) and (found.encoding is not None or text not in placed)
+    """The tokens of each distinct text, on all cores; `known` gives what it has, then holds these."""
+    distinct, before = dict.fromkeys(texts), known or {}
+    new = [text for text in distinct if text not in before]
+    encodings = tokenizer.encode_batch(new, add_special_tokens=False)
+    fresh = {
+        text: Tokens(np.array(encoding.ids, np.int32), encoding)
+        for text, encoding in zip(new, encodings, strict=True)
     }
-    new = [text for text in placed if text not in tokens]
-    for text, encoding in zip(
-        new, tokenizer.encode_batch(new, add_special_tokens=False), strict=True
-    ):
-        tokens[text] = Tokens(np.array(encoding.ids, np.int32), encoding)
-    new = [text for text in dict.fromkeys(questions) if text not in tokens]
-    for text, encoding in zip(
-        new, tokenizer.encode_batch_fast(new, add_special_tokens=False), strict=True
-    ):
-        tokens[text] = Tokens(np.array(encoding.ids, np.int32))
+    tokens = {text: fresh[text] if text in fresh else before[text] for text in distinct}
     if known is not None:
         known.clear()
         known.update(tokens)
     return tokens
+
+
+def identify(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> dict[str, np.ndarray]:
+    """The ids of each distinct text, int32 [C], on all cores; nothing tells where they are.
+
+    A text costs the library as much as a few words, so that short ones are given many at a time,
+    with a special token between them: BERT's tokenizer never looks across a space.
+    """
+    distinct = list(dict.fromkeys(texts))
+    at_once = TEXTS_AT_ONCE if never_looks_across_spaces(tokenizer) else 1
+    alone = [text for text in distinct if SEPARATOR in text] if at_once > 1 else []
+    others = [text for text in distinct if SEPARATOR not in text] if at_once > 1 else distinct
+    groups = [[text] for text in alone]
+    groups += [others[start : start + at_once] for start in range(0, len(others), at_once)]
+    joined = [f" {SEPARATOR} ".join(group) for group in groups]
+    separator, found = tokenizer.token_to_id(SEPARATOR), {}
+    encodings = tokenizer.encode_batch_fast(joined, add_special_tokens=False)
+    for group, encoding in zip(groups, encodings, strict=True):
+        ids = np.array(encoding.ids, np.int32)
+        if len(group) == 1:
+            found[group[0]] = ids
+            continue
+        ends = [*np.flatnonzero(ids == separator).tolist(), len(ids)]
+        for text, begin, end in zip(group, [-1, *ends], ends, strict=False):
+            found[text] = ids[begin + 1 : end]
+    return found
+
+
+def never_looks_across_spaces(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether this is BERT's tokenizer, with no added token that has to do with spaces."""
+    kinds = (
+        (tokenizer.normalizer, tokenizers.normalizers.BertNormalizer),
+        (tokenizer.pre_tokenizer, tokenizers.pre_tokenizers.BertPreTokenizer),
+        (tokenizer.model, tokenizers.models.WordPiece),
+    )
+    added = tokenizer.get_added_tokens_decoder().values()
+    return (
+        all(isinstance(part, kind) for part, kind in kinds)
+        and any(token.content == SEPARATOR and not token.normalized for token in added)
+        and not any(
+            " " in token.content or token.lstrip or token.rstrip or token.single_word
+            for token in added
+        )
+    )

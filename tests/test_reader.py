@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import flaxqa
 from eval import squad
-from flaxqa import features, predict
+from flaxqa import features, predict, tokens
 from flaxqa.errors import DataError, ModelRejected, UsageError
 from flaxqa.spans import Logits
 from flaxqa.reader import Reader, chunks
@@ -253,13 +253,14 @@ def test_a_single_record_is_not_taken_for_many(reader):
 
 def test_many_questions_tokenize_their_context_once(small, monkeypatch):
     texts = []
-    tokenize = features.tokenize
+    place = tokens.place
 
-    def counting(tokenizer, questions, contexts, known):
-        texts.extend({*questions, *contexts} - known.keys())
-        return tokenize(tokenizer, questions, contexts, known)
+    def counting(tokenizer, contexts, known):
+        contexts = list(contexts)
+        texts.extend(set(contexts) - known.keys())
+        return place(tokenizer, contexts, known)
 
-    monkeypatch.setattr(features, "tokenize", counting)
+    monkeypatch.setattr(tokens, "place", counting)
     asked = [f"{QUESTION} {i}" for i in range(5)]
     found = small.answer_questions(asked, CONTEXT, top_k=2, chunk_size=2)
     assert texts.count(CONTEXT) == 1

@@ -1,12 +1,15 @@
 """Tokens and their places, against the library."""
 
 import numpy as np
-from conftest import QUICKSTART
-from hypothesis import given, settings
+import pytest
+import tokenizers
+from conftest import QUICKSTART, SHARED
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from eval import squad
 from flaxqa import checkpoint
-from flaxqa.tokens import Tokens, tokenize
+from flaxqa.tokens import Tokens, identify, never_looks_across_spaces, place
 
 TOKENIZER = checkpoint.load_tokenizer(QUICKSTART / "checkpoint")[0]
 
@@ -14,7 +17,7 @@ TOKENIZER = checkpoint.load_tokenizer(QUICKSTART / "checkpoint")[0]
 @settings(max_examples=300, deadline=None)
 @given(st.text(min_size=1), st.data())
 def test_the_place_of_a_span_is_that_of_all_offsets_and_words(text, data):
-    (tokens,) = tokenize(TOKENIZER, [], [text]).values()
+    (tokens,) = place(TOKENIZER, [text]).values()
     if not len(tokens.ids):
         return
     first = data.draw(st.integers(0, len(tokens.ids) - 1))
@@ -34,30 +37,65 @@ def test_the_place_of_a_span_is_that_of_all_offsets_and_words(text, data):
     assert Tokens(tokens.ids, places=tokens.places).span(first, last, True) == whole
 
 
-class Counting:
-    def __init__(self):
-        self.placed, self.bare = [], []
-
-    def encode_batch(self, texts, **options):
-        self.placed += texts
-        return TOKENIZER.encode_batch(texts, **options)
-
-    def encode_batch_fast(self, texts, **options):
-        self.bare += texts
-        return TOKENIZER.encode_batch_fast(texts, **options)
+# Whatever might join or part what a space parts: marks that combine, blanks that are no space,
+# signs that the normalizer drops, special tokens, words longer than the model takes.
+PIECES = st.sampled_from(
+    [" ", "  ", "a", "Who", "lives", "-", "'s", "é", "e", "\u0301", "\u00a0", "\t", "\n", "\u3000"]
+    + ["\u200b", "\0", "\ufffd", "\x1c", "\u4e2d", "İ", "Σ", "ﬁ", "\U0001f600", "[SEP]", "[CLS]"]
+    + ["[MASK]", "[UNK]", "[", "SEP", "]", "x" * 101, "unaffable", "2", ".", "\u1100\u1161", "\r"]
+)
+TEXTS = st.one_of(st.lists(PIECES, max_size=20).map("".join), st.text(max_size=40))
 
 
-def test_each_distinct_text_is_tokenized_once_and_questions_without_places():
-    counting, known = Counting(), {}
-    first = tokenize(counting, ["Who?", "Bob.", "Who?"], ["Bob.", "Ada.", "Ada."], known)
-    assert (counting.placed, counting.bare) == (["Bob.", "Ada."], ["Who?"])
-    assert known == first
-    # A question before that is a context now has to be placed; what is known is taken.
-    second = tokenize(counting, ["Ada.", "What?"], ["Who?", "Bob."], known)
-    assert (counting.placed, counting.bare) == (["Bob.", "Ada.", "Who?"], ["Who?", "What?"])
-    assert sorted(known) == ["Ada.", "Bob.", "What?", "Who?"]
+@settings(max_examples=500, deadline=None)
+@given(st.lists(TEXTS, max_size=40))
+@example(["", " ", "  a  ", "a\u0301 \u0301b", "[SEP] [CLS]x", "\u0301", "x" * 300 + " y"])
+def test_texts_given_together_have_the_ids_of_each_alone(texts):
+    assert never_looks_across_spaces(TOKENIZER)
+    found = identify(TOKENIZER, texts)
+    assert sorted(found) == sorted(set(texts))
+    for text, ids in found.items():
+        assert ids.tolist() == TOKENIZER.encode(text, add_special_tokens=False).ids
+        assert ids.dtype == np.int32
+
+
+@pytest.mark.shared
+def test_the_questions_of_the_dev_set_have_the_ids_of_each_alone():
+    tokenizer, _ = checkpoint.load_tokenizer(SHARED / "checkpoints" / "distilbert-minilm-squad")
+    questions = squad.read(SHARED / "squad" / "dev-v1.1.json").questions
+    found = identify(tokenizer, (one.question for one in questions))
+    encodings = tokenizer.encode_batch(list(found), add_special_tokens=False)
+    assert [ids.tolist() for ids in found.values()] == [one.ids for one in encodings]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": tokenizers.normalizers.Replace(" ", "_")},
+        {"pre_tokenizer": tokenizers.pre_tokenizers.Punctuation()},
+        {"added": tokenizers.AddedToken("berlin", lstrip=True)},
+        {"added": tokenizers.AddedToken("berlin", rstrip=True)},
+        {"added": tokenizers.AddedToken("ber", single_word=True)},
+        {"added": tokenizers.AddedToken("new york")},
+    ],
+)
+def test_a_tokenizer_that_may_look_across_spaces_is_given_each_text_alone(change):
+    changed = tokenizers.Tokenizer.from_str(TOKENIZER.to_str())
+    for name, part in change.items():
+        if name == "added":
+            changed.add_tokens([part])
+        else:
+            setattr(changed, name, part)
+    assert not never_looks_across_spaces(changed)
+    texts = [f"who lives in new york , berlin or ber lin {i} ?" for i in range(40)]
+    for text, ids in identify(changed, texts).items():
+        assert ids.tolist() == changed.encode(text, add_special_tokens=False).ids
+
+
+def test_a_context_is_tokenized_once():
+    known = {}
+    first = place(TOKENIZER, ["Bob.", "Ada.", "Bob."], known)
+    assert list(first) == ["Bob.", "Ada."]
+    second = place(TOKENIZER, ["Who?", "Bob."], known)
     assert second["Bob."] is first["Bob."]
-    for text, tokens in second.items():
-        assert tokens.ids.tolist() == TOKENIZER.encode(text, add_special_tokens=False).ids
-        assert tokens.ids.dtype == np.int32
-    assert second["Who?"].places.offsets.tolist() == [[0, 3], [3, 4]]
+    assert list(known) == ["Who?", "Bob."]
