@@ -62,7 +62,7 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def run(self, windows: Sequence[Feature], way: str) -> list[Logits]:
+    def run(self, windows: Sequence[Feature], way: str) -> Sequence[Logits]:
         """The logits of every window."""
 
 
@@ -125,7 +125,7 @@ class Jax(Backend):
 
         self.predictor = reader.load(model, dtype=dtype, **self.options).predictor
 
-    def run(self, windows: Sequence[Feature], way: str) -> list[Logits]:
+    def run(self, windows: Sequence[Feature], way: str) -> Sequence[Logits]:
         return self.predictor.predict(windows)
 
 

@@ -42,8 +42,8 @@ from eval.worker import Worker
 from flaxqa import answers, features, files
 from flaxqa.errors import UsageError
 from flaxqa.features import Example, Feature
-from flaxqa.spans import Logits
 from flaxqa.progress import Progress, Silence
+from flaxqa.spans import Logits
 
 REFERENCE = "jax-model"
 PACKAGES = (
@@ -121,7 +121,7 @@ class Runner:
         self.right: dict[str, str] = {}  # the answers of the accuracy run
         self.rng = np.random.default_rng(job.seed)  # of windows that nobody has seen
 
-    def windows(self, examples: Sequence[Example]) -> list[Feature]:
+    def windows(self, examples: Sequence[Example]) -> Sequence[Feature]:
         return features.make(examples, self.tokenizer, max_length=self.job.length,
                              doc_stride=min(128, self.job.length // 2))  # fmt: skip
 
@@ -133,7 +133,7 @@ class Runner:
 
     def answer(
         self, examples: Sequence[Example], way: str
-    ) -> tuple[list[str], list[Logits], dict[str, float]]:
+    ) -> tuple[list[str], Sequence[Logits], dict[str, float]]:
         """Answers, the logits they come from, and the seconds of each stage."""
         times = [time.perf_counter()]
         windows = self.windows(examples)

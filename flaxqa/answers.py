@@ -160,8 +160,9 @@ class Table:
         else:
             self.found, summary = told
             null = summary.null_start.astype(np.float64) + summary.null_end
-            self.log_start, self.log_end = self.joined(summary.log_start), self.joined(
-                summary.log_end
+            self.log_start, self.log_end = (
+                self.joined(summary.log_start),
+                self.joined(summary.log_end),
             )
         self.null = np.full(len(examples), np.inf)
         np.minimum.at(self.null, self.example, null)
@@ -272,8 +273,11 @@ class Decoder:
 
     def __init__(self, name: str, **options: Any):
         """Takes the options of `decode_spans` or `decode_squad`."""
-        decode = {"spans": decode_spans, "squad": decode_squad}[name]
-        self.decode: Callable[..., list[Answers]] = functools.partial(decode, **options)
+        decoders: dict[str, Callable[..., list[Answers]]] = {
+            "spans": decode_spans,
+            "squad": decode_squad,
+        }
+        self.decode = functools.partial(decoders[name], **options)
         longest = options.get("max_answer_length", MAX_ANSWER_LENGTH)
         self.rule: Rule | None = Spans(1, longest)
         if name == "squad":

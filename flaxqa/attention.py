@@ -7,11 +7,11 @@ the longest window, N heads, H channels of a head.
 
 | name | where | padding |
 |---|---|---|
-| windows | CPUs | none to speak of: window after window, so that scores stay in the cache |
+| windows | CPUs | little: window after window, so that scores stay in the cache |
 | cudnn-packed | NVIDIA Hopper and newer, 16 bits | none: cuDNN reads the row as it is |
 | cudnn-padded | NVIDIA Ampere and Ada, 16 bits | each window slot to L, skipped by cuDNN |
-| splash | TPUs, 16 bits | none: Pallas' splash attention, blocks far from the diagonal skipped |
-| banded | everywhere else: float32, ROCm, odd sizes of heads | each block of tokens sees its neighbours |
+| splash | TPUs, 16 bits | none: Pallas' splash attention skips blocks far from the diagonal |
+| banded | elsewhere: float32, ROCm, odd heads | each block of tokens sees its neighbours |
 
 All but `windows` have static shapes that depend on nothing but M and W, so rows of one size serve
 every mix of lengths.
@@ -20,6 +20,7 @@ every mix of lengths.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from flaxqa.model import EncoderConfig
 
 Heads = Float[Array, "M N H"]
+PerToken = Int[Array, "M"]
 Attention = Callable[[Heads, Heads, Heads, "Ragged", int], Heads]
 
 LENGTHS = (*range(32, 385, 32), 448, 512)  # of the loops of `windows`, one for each
@@ -57,8 +59,8 @@ def windows(q: Heads, k: Heads, v: Heads, row: Ragged, longest: int) -> Heads:
         first = row.starts[index] - start
         column = jnp.arange(length)
         own = (column >= first) & (column < first + row.lengths[index])
-        parts = (jax.lax.dynamic_slice_in_dim(each, start, length) for each in (q, k, v))
-        new = attend(*parts, own).astype(mixed.dtype)
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=length)
+        new = attend(part(q), part(k), part(v), own).astype(mixed.dtype)
         old = jax.lax.dynamic_slice_in_dim(mixed, start, length)
         new = jnp.where(own[:, None, None], new, old)
         return jax.lax.dynamic_update_slice_in_dim(mixed, new, start, axis=0)
@@ -165,15 +167,13 @@ def splash(
         block_sizes=kernels.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block),
         interpret=interpret,
     )
-    by_head = (
-        jnp.pad(each, ((0, missing), (0, 0), (0, 0))).swapaxes(0, 1) for each in (q, k, v)
-    )
+    by_head = (jnp.pad(each, ((0, missing), (0, 0), (0, 0))).swapaxes(0, 1) for each in (q, k, v))
     window = jnp.pad(segments(row), (0, missing), constant_values=-1)
     mixed = attention(*by_head, segment_ids=kernels.SegmentIds(window, window))
     return mixed.swapaxes(0, 1)[:tokens]
 
 
-def segments(row: Ragged) -> Int[Array, "M"]:
+def segments(row: Ragged) -> PerToken:
     """The window of each token, -1 after the last window."""
     return jnp.where(jnp.arange(len(row.window)) < row.lengths.sum(), row.window, -1)
 
@@ -206,7 +206,7 @@ def choose(
     kinds = list(suitable(device, config.dim // config.n_heads, dtype))
     if plain:
         return kinds[-1]
-    for kind, otherwise in zip(kinds, kinds[1:], strict=False):
+    for kind, otherwise in itertools.pairwise(kinds):
         if (problem := trial(kind, device, config, dtype, longest)) is None:
             return kind
         log.warning(
@@ -246,8 +246,9 @@ def trial(
     given = jax.device_put((jnp.asarray(qkv, dtype), row), device)
 
     def both(qkv: Array, row: Ragged) -> list[Array]:
-        kinds = (KINDS[kind], banded)
-        return [each(*qkv, row, longest)[: sum(sizes)].astype(jnp.float32) for each in kinds]
+        q, k, v = qkv
+        mixed = (each(q, k, v, row, longest) for each in (KINDS[kind], banded))
+        return [each[: sum(sizes)].astype(jnp.float32) for each in mixed]
 
     try:
         ours, plain = jax.jit(both)(*given)

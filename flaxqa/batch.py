@@ -42,7 +42,7 @@ from flaxqa.records import Columns, Input, Plan, Row, Source
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from flaxqa.answers import Answers
+    from flaxqa.answers import Answer, Answers
     from flaxqa.reader import Reader, Spent
 
 ALWAYS_ALLOWED = 100  # records set aside, however few there are in all
@@ -105,6 +105,11 @@ class Worker:
         limit = self.config.max_context_chars
         return records.example_of(row, self.columns, max_context_chars=limit)
 
+    def kept(self, row: Row, name: str) -> Any:
+        """The value of a column that goes into the output."""
+        value = (row.fields or {}).get(name)
+        return as_text(value) if name in self.text_columns else value
+
     def run(
         self,
         shards: Iterable[int],
@@ -134,7 +139,7 @@ class Worker:
                 )
                 chunk = None
                 for some in reader.chunks(rows, size_of=lambda pair: reader.characters(pair[1])):
-                    chunk = Chunk(shard, [row for row, _ in some])
+                    chunk = Chunk(shard, some)
                     under_way.append(chunk)
                     yield [example for _, example in some]
                 if chunk is not None:
@@ -147,8 +152,8 @@ class Worker:
         for found, spent in self.reader.answer_chunks(chunks(), self.decode, progress):
             chunk = under_way.popleft()
             part.spent.add(spent)
-            for row, one in zip(chunk.rows, found, strict=True):
-                part.add(row, one)
+            for (row, example), one in zip(chunk.rows, found, strict=True):
+                part.add(row, example, one)
             if chunk.last:
                 entry = write(
                     chunk.shard, part.content(), part.rows, part.errors, self.computed_by()
@@ -193,11 +198,12 @@ class Chunk:
     """Records on their way, of one shard.
 
     Attributes:
+      rows: each with what it asks, or why it asks nothing.
       last: whether the shard has no more; known once the next chunk was asked for.
     """
 
     shard: int
-    rows: list[Row]
+    rows: list[tuple[Row, Example | str]]
     last: bool = False
 
 
@@ -208,55 +214,56 @@ class Part:
         from flaxqa.reader import Spent
 
         self.worker, self.spent = worker, Spent()
-        self.columns: dict[str, list[Any]] = {name: [] for name in worker.schema.names}
-        self.rows = 0
+        self.records: list[tuple[Any, ...]] = []  # each has a value for every column
         self.errors: list[bytes] = []
 
-    def add(self, row: Row, found: Answers) -> None:
+    @property
+    def rows(self) -> int:
+        return len(self.records)
+
+    def add(self, row: Row, example: Example | str, found: Answers) -> None:
         """One record: a row of the part, or one that is set aside."""
-        if found.error is not None:
-            self.errors.append(error_line(row, found.error))
+        if found.error is not None or isinstance(example, str):
+            self.errors.append(error_line(row, found.error or str(example)))
             return
-        config, columns = self.worker.config, self.columns
-        threshold = config.no_answer_threshold
-        kept = [one for one in found if one.score >= config.min_score]
+        worker = self.worker
+        config, threshold = worker.config, worker.config.no_answer_threshold
+        kept: Sequence[Answer] = found
+        if config.min_score > 0:
+            kept = [one for one in found if one.score >= config.min_score]
         if threshold is not None and found.no_answer_score > threshold:
-            kept = []
-        self.rows += 1
-        best = kept[0] if kept else None
-        columns["id"].append(records.id_of(row, self.worker.columns))
-        columns["answer"].append(best and best.text)
-        for name in ("start", "end", "score"):
-            columns[name].append(None if best is None else getattr(best, name))
-        if config.top_k > 1:
-            columns["answers"].append(
-                [{name: getattr(one, name) for name in ("text", "start", "end", "score")}
-                 for one in kept]
-            )  # fmt: skip
-        columns["no_answer_score"].append(found.no_answer_score)
-        columns["n_windows"].append(found.n_windows)
-        columns["question_cut"].append(found.question_cut)
-        columns["model"].append(self.worker.model)
-        columns["run_key"].append(self.worker.run_key)
-        for name in config.keep:
-            value = (row.fields or {}).get(name)
-            if name in self.worker.text_columns:
-                value = as_text(value)
-            columns[name].append(value)
+            kept = ()
+        best: tuple[Any, ...] = (None,) * 4
+        if kept:
+            one = kept[0]
+            best = (one.text, one.start, one.end, one.score)
+        self.records.append((
+            example.id,
+            *best,
+            *([[as_span(one) for one in kept]] if config.top_k > 1 else ()),
+            found.no_answer_score,
+            found.n_windows,
+            found.question_cut,
+            worker.model,
+            worker.run_key,
+            *(worker.kept(row, name) for name in config.keep),
+        ))  # fmt: skip
 
     def content(self) -> bytes:
         """The bytes of the part's file: those of one version of pyarrow are always the same."""
+        names = self.worker.schema.names
         if self.worker.config.format == "jsonl":
-            names = list(self.columns)
-            rows = zip(*self.columns.values(), strict=True)
             lines = (json.dumps(dict(zip(names, row, strict=True)), default=as_plain)
-                     for row in rows)  # fmt: skip
+                     for row in self.records)  # fmt: skip
             return "".join(f"{line}\n" for line in lines).encode()
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         buffer = io.BytesIO()
-        table = pa.table(self.columns, schema=self.worker.schema)
+        columns = zip(*self.records, strict=True) if self.records else ([] for _ in names)
+        table = pa.table(
+            dict(zip(names, map(list, columns), strict=True)), schema=self.worker.schema
+        )
         pq.write_table(table, buffer, compression="zstd")
         return buffer.getvalue()
 
@@ -271,6 +278,11 @@ def error_line(row: Row, reason: str) -> bytes:
         "row": row.as_text(),
     }
     return json.dumps(told).encode() + b"\n"
+
+
+def as_span(one: Answer) -> dict[str, Any]:
+    """One of several answers."""
+    return {"text": one.text, "start": one.start, "end": one.end, "score": one.score}
 
 
 def as_text(value: Any) -> str | None:

@@ -14,7 +14,7 @@ Two ways of cutting a context that does not fit one window, by name:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import overload
 
 import numpy as np
@@ -102,7 +102,9 @@ class Windows(Sequence[Feature]):
         Args:
           pieces: whose tokens follow each other.
           columns: of each window its length, example, `context_start` and `first`.
-          contexts: see above, as are the others.
+          contexts: see above.
+          question_cut: see above.
+          counts: see above.
         """
         self.input_ids = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
         table = np.array(columns, np.int64).reshape(-1, 4)
@@ -256,8 +258,8 @@ def make(
         step = doc_stride if windows == "mlperf" else size - doc_stride
         if size < 1 or step < 1:
             problems.append(
-                f"{example.id!r}: a question of {len(questions[example.question])} tokens leaves no "
-                f"room for its context at max_length {max_length} and doc_stride {doc_stride}"
+                f"{example.id!r}: a question of {len(questions[example.question])} tokens leaves "
+                f"no room for its context at max_length {max_length} and doc_stride {doc_stride}"
             )
             continue
         parts = split(length, size, min(step, size))

@@ -19,7 +19,6 @@ is the same (docs/performance.md).
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,6 +88,8 @@ def row_of(sizes: Sequence[int], *, tokens: int, windows: int) -> Ragged:
     window[:total] = np.repeat(np.arange(windows), lengths)
     positions[:total] = np.arange(total) - np.repeat(starts, lengths)
     return Ragged(nothing, nothing, positions, window, starts, lengths)
+
+
 def weights_of(model: QuestionAnsweringModel) -> Weights:
     """The weights of a model as `forward` takes them: of each kind one array for all layers."""
     encoder, sums = model.encoder, accumulator(model.dtype)

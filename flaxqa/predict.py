@@ -69,9 +69,7 @@ class Chunk:
         self.arrays.clear()
         return start, end
 
-    def fill(
-        self, tables: tuple[np.ndarray, np.ndarray], batch: Batch, logits: np.ndarray
-    ) -> None:
+    def fill(self, tables: tuple[np.ndarray, np.ndarray], batch: Batch, logits: np.ndarray) -> None:
         """Puts logits [devices, M, 2] of a batch where they belong."""
         for row, of_row in zip(batch.rows, logits, strict=True):
             chosen = np.array(row, np.int64)
@@ -382,9 +380,7 @@ class Predictor:
         rows, contexts = self.abstract(shape)
         logits_shape = len(self.devices), shape.tokens, 2
         logits = jax.ShapeDtypeStruct(logits_shape, accumulator(self.dtype))
-        return self.strategy.compile(
-            lambda weights, *given: search(*given), logits, rows, contexts
-        )
+        return self.strategy.compile(lambda weights, *given: search(*given), logits, rows, contexts)
 
     def abstract(self, shape: Shape) -> tuple[Ragged, Context]:
         """The rows of a batch without their numbers."""

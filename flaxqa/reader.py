@@ -24,9 +24,9 @@ from jax.typing import DTypeLike
 from flaxqa import answers, checkpoint, features, predict
 from flaxqa.answers import Answer, Answers, Decoder, NotFinite
 from flaxqa.checkpoint import Checkpoint
-from flaxqa.devices import default_dtype, use_compilation_cache
+from flaxqa.devices import default_dtype, old_objects_left_alone, use_compilation_cache
 from flaxqa.errors import DataError, ModelRejected, UsageError
-from flaxqa.features import Example, Feature, Windows
+from flaxqa.features import Example, Windows
 from flaxqa.spans import Logits
 from flaxqa.tokens import Tokens
 
@@ -424,7 +424,7 @@ class Reader:
 
         stream = predictor.stream(windows(), advance, decode.rule)
         began = time.perf_counter()
-        with contextlib.closing(stream):
+        with contextlib.closing(stream), old_objects_left_alone():
             while True:
                 waited, clock = 0.0, time.perf_counter()
                 compiled, tokens = predictor.compile_seconds, predictor.computed_tokens
@@ -476,9 +476,7 @@ class Reader:
             if before is not None:
                 yield before
 
-    def prepare(
-        self, examples: Sequence[Example | str], known: dict[str, Tokens]
-    ) -> Prepared:
+    def prepare(self, examples: Sequence[Example | str], known: dict[str, Tokens]) -> Prepared:
         """The windows of a chunk."""
         began = time.perf_counter()
         reasons = [

@@ -51,8 +51,7 @@ SAMPLED = 100  # records in which a column that was asked for has to be
 csv.field_size_limit(LONGEST_LINE)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One record as it was found.
 
     Attributes:
@@ -691,7 +690,7 @@ def plan(
       TryAgain: an input cannot be read now.
     """
     planned: list[Input] = []
-    shards: list[list[Segment]] = []
+    shards: list[list[list[int]]] = []  # of each the fields of its segments
     ids = Ids() if unique_ids else None
     room = total = 0
     problems: list[str] = []
@@ -720,7 +719,11 @@ def plan(
                     shards.append([])
                     room = shard_size
                 taken = min(room, records)
-                add(shards[-1], Segment(index, start, line, taken))
+                segments = shards[-1]
+                if segments and segments[-1][0] == index:  # which goes on
+                    segments[-1][3] += taken
+                else:
+                    segments.append([index, start, line, taken])
                 start, line, records = start + taken, line + taken, records - taken
                 room -= taken
             if count % COUNTED_AT_ONCE == 0:
@@ -736,7 +739,7 @@ def plan(
     return Plan(
         shard_size,
         tuple(planned),
-        tuple(map(tuple, shards)),
+        tuple(tuple(Segment(*fields) for fields in segments) for segments in shards),
         unique_ids,
         ids.duplicates() if ids is not None else (),
         common_types(types, columns.keep),
@@ -764,15 +767,6 @@ def common_types(types: Sequence[Mapping[str, Any]], names: Sequence[str]) -> st
     if not common:
         return None
     return base64.b64encode(pa.schema(common).serialize().to_pybytes()).decode()
-
-
-def add(shard: list[Segment], more: Segment) -> None:
-    """Adds a run of records to a shard, to its last segment if that is of the same input."""
-    if shard and shard[-1].input == more.input:
-        last = shard[-1]
-        shard[-1] = dataclasses.replace(last, records=last.records + more.records)
-    else:
-        shard.append(more)
 
 
 def identified(one: Input) -> Input:
@@ -936,24 +930,22 @@ def example_of(row: Row, columns: Columns, *, max_context_chars: int) -> Example
 
     What is wrong with the texts themselves (blank, lone surrogates) is for the reader to say.
     """
-    if row.reason is not None or row.fields is None:
+    fields = row.fields
+    if row.reason is not None or fields is None:
         return row.reason or "the record is empty"
-    texts = {}
-    for name in (columns.question, columns.context):
-        if name not in row.fields:
+    question, context = fields.get(columns.question), fields.get(columns.context)
+    if not (isinstance(question, str) and isinstance(context, str)):
+        name = columns.context if isinstance(question, str) else columns.question
+        if name not in fields:
             return f"the record has no column {name!r}"
-        text = row.fields[name]
-        if not isinstance(text, str):
-            return f"the column {name!r} is {kind_name(text)}, not a string"
-        texts[name] = text
+        return f"the column {name!r} is {kind_name(fields[name])}, not a string"
     identity = id_of(row, columns)
     if isinstance(identity, Exception):
         return str(identity)
     for name in (columns.id, *columns.keep):
-        value = identity if name == columns.id else row.fields.get(name)
+        value = identity if name == columns.id else fields.get(name)
         if isinstance(value, str) and (at := features.lone_surrogate(value)) is not None:
             return f"the column {name!r} has a lone surrogate at character {at}"
-    size = len(texts[columns.context])
-    if size > max_context_chars:
+    if (size := len(context)) > max_context_chars:
         return f"the context has {size:,} characters, more than {max_context_chars:,}"
-    return Example(identity or "", texts[columns.question], texts[columns.context])
+    return Example(identity or "", question, context)

@@ -84,9 +84,7 @@ class Spans:
         begins = xp.sort(best(start + highest_ahead(end, width, xp), self.n, xp), axis=1)
         ends = begins[:, :, None] + xp.arange(width)
         inside = xp.minimum(ends, end.shape[1] - 1)
-        paired = xp.where(
-            ends < end.shape[1], xp.take_along_axis(end[:, None], inside, 2), -xp.inf
-        )
+        paired = xp.where(ends < end.shape[1], xp.take_along_axis(end[:, None], inside, 2), -xp.inf)
         sums = xp.take_along_axis(start, begins, 1)[:, :, None] + paired
         pair = best(sums.reshape(len(sums), -1), self.n, xp)
         first = xp.take_along_axis(begins, pair // width, 1)
@@ -204,12 +202,15 @@ class Scores(Sequence[Logits]):
             return logits
         lengths = np.array([len(one.start) for one in logits], np.int64)
         inside = np.arange(lengths.max(initial=0)) < lengths[:, None]
-        tables = []
-        for rows in ([one.start for one in logits], [one.end for one in logits]):
-            table = np.full(inside.shape, -np.inf, rows[0].dtype if rows else np.float32)
-            table[inside] = np.concatenate(rows) if rows else ()
-            tables.append(table)
-        return cls(*tables, lengths)
+
+        def table(rows: Sequence[np.ndarray]) -> np.ndarray:
+            made = np.full(inside.shape, -np.inf, rows[0].dtype if rows else np.float32)
+            made[inside] = np.concatenate(rows) if rows else ()
+            return made
+
+        return cls(
+            table([one.start for one in logits]), table([one.end for one in logits]), lengths
+        )
 
     def told(self, rule: Rule) -> tuple[Found, Summary] | None:
         """What devices have found by a rule already, or None."""

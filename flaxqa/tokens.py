@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -59,11 +59,15 @@ class Tokens:
 
         With `whole_words` it is widened to all tokens of the words that the two belong to.
         """
-        if (encoding := self.encoding) is not None:
+        encoding: Any = self.encoding  # whose types allow for tokens without a place
+        if encoding is not None:
             if whole_words:
-                words = encoding.token_to_word(first), encoding.token_to_word(last)
-                return encoding.word_to_chars(words[0])[0], encoding.word_to_chars(words[1])[1]
-            return encoding.token_to_chars(first)[0], encoding.token_to_chars(last)[1]
+                start, _ = encoding.word_to_chars(encoding.token_to_word(first))
+                _, end = encoding.word_to_chars(encoding.token_to_word(last))
+            else:
+                start, _ = encoding.token_to_chars(first)
+                _, end = encoding.token_to_chars(last)
+            return start, end
         offsets, words = self.places
         if whole_words:
             first = int(np.searchsorted(words, words[first]))
@@ -74,7 +78,10 @@ class Tokens:
 def place(
     tokenizer: tokenizers.Tokenizer, texts: Iterable[str], known: dict[str, Tokens] | None = None
 ) -> dict[str, Tokens]:
-    """The tokens of each distinct text, on all cores; `known` gives what it has, then holds these."""
+    """The tokens of each distinct text, made on all cores.
+
+    `known` gives what it has, and then holds these.
+    """
     distinct, before = dict.fromkeys(texts), known or {}
     new = [text for text in distinct if text not in before]
     encodings = tokenizer.encode_batch(new, add_special_tokens=False)

@@ -17,7 +17,7 @@ from flaxqa import attention, inference
 from flaxqa.model import DistilBertConfig
 
 CONFIG = DistilBertConfig(**{**TINY, "dim": 64, "n_heads": 2})
-# Of these the packed form of cuDNN was read; tests hold its arguments to those of the installed one.
+# Of these the packed form of cuDNN was read; tests hold its arguments to the installed one's.
 PACKED_KNOWN = ("0.10", "0.11", "0.12")
 
 

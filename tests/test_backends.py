@@ -78,7 +78,8 @@ def test_logits_of_padded_batches_come_back_to_their_windows():
             assert (types[:, 3:] == mask[:, 3:]).all()
             return ids * mask, -ids * mask
 
-    context = Tokens(np.zeros(2, np.int32), places=Places(np.zeros((2, 2), np.int32), np.zeros(2, np.int32)))
+    places = Places(np.zeros((2, 2), np.int32), np.zeros(2, np.int32))
+    context = Tokens(np.zeros(2, np.int32), places=places)
     windows = [
         features.Feature(i, np.arange(i, i + n, dtype=np.int32), 3, context, slice(0, 2), False)
         for i, n in enumerate((9, 30, 21))

@@ -682,9 +682,10 @@ def test_an_error_of_the_devices_is_recognised_as_lack_of_memory(source, tmp_pat
     predictor = batch.load_reader(configured(source, tmp_path)).predictor
     shape = predictor.plan([10])[0].shape
     predictor.compiled[shape] = failing
+    nothing = predict.Chunk(Windows.of([]), [], np.dtype(np.float32))
+    empty = plan.Batch(shape, [[] for _ in predictor.devices])
     with pytest.raises(jax.errors.JaxRuntimeError, match="device is lost"):
-        nothing = predict.Chunk(Windows.of([]), [], np.dtype(np.float32))
-        predictor.start(plan.Batch(shape, [[] for _ in predictor.devices]), nothing)
+        predictor.start(empty, nothing)
 
 
 # --- several processes ---

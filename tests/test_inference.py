@@ -50,9 +50,7 @@ def row(windows=8):
 def forward_of(reference, kind="windows", **options):
     """Its forward, compiled."""
     given = {"config": reference.config, "longest": LONGEST, **options}
-    return jax.jit(
-        functools.partial(inference.forward, attention=attention.KINDS[kind], **given)
-    )
+    return jax.jit(functools.partial(inference.forward, attention=attention.KINDS[kind], **given))
 
 
 @pytest.mark.parametrize("model_class", [DistilBertForQuestionAnswering, BertForQuestionAnswering])

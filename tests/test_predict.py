@@ -103,9 +103,7 @@ def simulate(monkeypatch, kind):
 @pytest.mark.parametrize("n_devices", [1, 2, 8])
 @pytest.mark.parametrize("batch_tokens", [None, 1, 130])
 @pytest.mark.parametrize("kind", ["native", "xla", "elsewhere"])
-def test_a_plan_has_every_window_once_in_shapes_that_fit(
-    request, n_devices, batch_tokens, kind
-):
+def test_a_plan_has_every_window_once_in_shapes_that_fit(request, n_devices, batch_tokens, kind):
     if kind == "elsewhere":
         request.getfixturevalue("accelerator")
     predictor = Predictor(
@@ -197,7 +195,8 @@ def big_windows_model():
 
 
 def window(example, tokens):
-    context = Tokens(np.zeros(2, np.int32), places=Places(np.zeros((2, 2), np.int32), np.zeros(2, np.int32)))
+    places = Places(np.zeros((2, 2), np.int32), np.zeros(2, np.int32))
+    context = Tokens(np.zeros(2, np.int32), places=places)
     return Feature(example, np.full(tokens, 7, np.int32), 3, context, slice(0, 2), False)
 
 

@@ -1,5 +1,6 @@
 import collections
 import copy
+import gc
 import itertools
 import math
 
@@ -13,8 +14,8 @@ import flaxqa
 from eval import squad
 from flaxqa import features, predict, tokens
 from flaxqa.errors import DataError, ModelRejected, UsageError
-from flaxqa.spans import Logits
 from flaxqa.reader import Reader, chunks
+from flaxqa.spans import Logits
 
 CONTEXT = (
     "Sailors still speak of the ship Tulflora. It was commanded by Oben Adsen. "
@@ -380,3 +381,23 @@ def test_the_public_names_are_there():
         assert getattr(flaxqa, name) is not None
     assert flaxqa.pipeline is flaxqa.pipeline  # the function, also the second time
     assert callable(flaxqa.pipeline)
+
+
+def test_the_collector_is_left_as_it_was(reader):
+    """While answers stream, what was there before is not looked through; afterwards it is again."""
+    assert gc.get_freeze_count() == 0
+    stream = reader.answers([(QUESTION, CONTEXT)] * 3, chunk_size=2)
+    next(stream)
+    frozen = gc.get_freeze_count()
+    assert frozen > 10_000
+    other = reader.answers([(QUESTION, CONTEXT)] * 2)
+    assert len(list(other)) == 2  # inside of another stream nothing is changed
+    assert gc.get_freeze_count() >= frozen
+    stream.close()
+    assert gc.get_freeze_count() == 0
+    gc.freeze()  # somebody else's stay
+    try:
+        reader.answer(QUESTION, CONTEXT)
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()
