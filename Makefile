@@ -8,12 +8,13 @@ TORCH := torch==2.13.0
 LOCK := --quiet --universal --python-version 3.11 --no-header --no-emit-index-url \
   --no-emit-find-links --upgrade
 
-.PHONY: help eval test bench lint types check lock clean
+.PHONY: help eval test bench tpu lint types check lock clean
 
 help:
 	@echo "make eval    set up and score the quickstart checkpoint on its held-out questions"
 	@echo "make test    set up and run the tests"
 	@echo "make bench   set up other engines and measure flaxqa beside them; 20 minutes on 2 cores"
+	@echo "make tpu     set up TPU's compiler and compile flaxqa for chips that are not here; 5 minutes"
 	@echo "make check   set up, lint and check types"
 	@echo "make lock    resolve the locked versions anew (needs uv)"
 	@echo "make clean   remove the environment and caches"
@@ -28,6 +29,11 @@ bench: .venv/.bench
 	$(BIN)/python -m eval.throughput --dtype float32 --output runs/bench-float32.json
 	$(BIN)/python -m eval.throughput --dtype bfloat16 --output runs/bench-bfloat16.json
 	$(BIN)/python -m eval.throughput --steps --output runs/bench-steps.json --plot runs/bench-steps.svg
+
+# Beside the environment, which would look for a TPU with it.
+tpu: .venv/.tpu
+	PYTHONPATH=.venv/tpu $(BIN)/python -m eval.aot --output runs/tpu.json --limits benchmarks/tpu.json
+	PYTHONPATH=.venv/tpu $(BIN)/python -m pytest -m tpu
 
 check: lint types
 
@@ -56,6 +62,13 @@ NATIVE := $(addprefix flaxqa/native/,build.py encoder.cc encoder.h ffi.cc)
 
 .venv/.bench: .venv/.run requirements-bench.lock
 	$(PIP) --requirement requirements-bench.lock $(TORCH)
+	@touch $@
+
+LIBTPU := import importlib.metadata as m; \
+  print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
+
+.venv/.tpu: .venv/.test
+	$(PIP) --no-deps --upgrade --target .venv/tpu "$$($(BIN)/python -c '$(LIBTPU)')"
 	@touch $@
 
 lock:

@@ -169,7 +169,9 @@ def splash(
     )
     by_head = (jnp.pad(each, ((0, missing), (0, 0), (0, 0))).swapaxes(0, 1) for each in (q, k, v))
     window = jnp.pad(segments(row), (0, missing), constant_values=-1)
-    mixed = attention(*by_head, segment_ids=kernels.SegmentIds(window, window))
+    # The kernel's products take 16 bits as they are; a precision from around would be refused.
+    with jax.default_matmul_precision("default"):
+        mixed = attention(*by_head, segment_ids=kernels.SegmentIds(window, window))
     return mixed.swapaxes(0, 1)[:tokens]
 
 
@@ -185,8 +187,6 @@ KINDS: dict[str, Attention] = {
     "splash": splash,
     "banded": banded,
 }
-# Those whose cost grows with the window slots of a row, whether there are windows in them or not.
-SLOTTED = ("cudnn-packed", "cudnn-padded")
 
 
 def choose(

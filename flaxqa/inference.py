@@ -19,6 +19,7 @@ is the same (docs/performance.md).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,6 +146,7 @@ def forward(
     attention: Attention,
     longest: int,
     short: bool = False,
+    unroll: int = 1,
 ) -> Float[Array, "M 2"]:
     """The start and end logits of every token of a row; those after the last window mean nothing.
 
@@ -155,6 +157,7 @@ def forward(
       attention: of `flaxqa.attention`.
       longest: tokens of the longest window.
       short: whether what lies between products has the dtype of the weights; else that of sums.
+      unroll: layers in one round of the loop.
     """
     dtype, sums = (weights["qa_outputs"][name].dtype for name in ("kernel", "bias"))
     between = dtype if short else sums
@@ -184,7 +187,8 @@ def forward(
         inner = activation(linear(x, layer["lin1"])).astype(between)
         return norm(x + linear(inner, layer["lin2"]), layer["output_norm"]), None
 
-    x, _ = jax.lax.scan(layer, norm(x, weights["embedding_norm"]), weights["layers"])
+    x = norm(x, weights["embedding_norm"])
+    x, _ = jax.lax.scan(layer, x, weights["layers"], unroll=unroll)
     last = weights["qa_outputs"]
     return product(x, last["kernel"], sums) + last["bias"]
 
@@ -242,12 +246,17 @@ def search(
       longest: tokens of the longest window.
     """
     column = jnp.arange(longest)
-    place = jnp.minimum(row.starts[:, None] + column, len(logits) - 1)
     inside = column < row.lengths[:, None]
-    both = jnp.where(inside[:, :, None], logits[place], -jnp.inf)
-    start, end = both[:, :, 0], both[:, :, 1]
+
+    def by_window(values: Array) -> Array:
+        """[M] to [W, longest]; of each window a slice."""
+        padded = jnp.pad(values, (0, longest))
+        one = functools.partial(jax.lax.dynamic_slice_in_dim, padded, slice_size=longest)
+        return jax.vmap(one)(row.starts)
+
+    start, end = (jnp.where(inside, by_window(each), -jnp.inf) for each in logits.T)
     may_end = (column >= context.start[:, None]) & (column < row.lengths[:, None] - 1)
-    may_start = may_end & context.may_start[place]
+    may_start = may_end & by_window(context.may_start)
     if isinstance(rule, Spans):
         starts, ends = jnp.where(may_start, start, -jnp.inf), jnp.where(may_end, end, -jnp.inf)
         found = rule.find(starts, ends, jnp)
@@ -255,5 +264,5 @@ def search(
         found = rule.find(start, end, may_start, may_end, jnp)
     weighed = may_end | (column == 0)
     logs = [jax.nn.logsumexp(jnp.where(weighed, each, -jnp.inf), axis=1) for each in (start, end)]
-    finite = (jnp.isfinite(both).all(-1) | ~inside).all(1)
+    finite = ((jnp.isfinite(start) & jnp.isfinite(end)) | ~inside).all(1)
     return found, Summary(finite, start[:, 0], end[:, 0], *logs)

@@ -14,8 +14,8 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxqa import attention, inference, native
-from flaxqa.devices import keep_freed_memory, local_devices, processor_flags
+from flaxqa.devices import (
+    compiler_options,
+    keep_freed_memory,
+    local_devices,
+    processor_flags,
+)
 from flaxqa.errors import TryAgain, UsageError
 from flaxqa.features import Feature, Windows
 from flaxqa.inference import Context, Ragged
@@ -35,6 +40,9 @@ ROW_TOKENS_OF_A_CPU = 4_096  # larger rows leave its cache
 ROW_TOKENS_OF_A_CORE = 512  # four blocks of rows for each to compute, in float32
 ROW_TOKENS_ELSEWHERE = 16_384
 BATCHES_IN_FLIGHT = 3
+# A round of the loop over layers has dozens of small kernels on a GPU (copies of weights, cuDNN's
+# offsets): 218 kernels for six layers one by one, 143 two by two; all at once compile too long.
+LAYERS_AT_ONCE = {"gpu": 2}
 KERNELS = ("auto", "native", "xla")
 MATMUL_PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "default")
 
@@ -136,7 +144,7 @@ class MeshJit:
     """Rows split over a mesh with the single axis `data`, weights copied along it."""
 
     def __init__(self, weights: inference.Weights, devices: Sequence[jax.Device]):
-        self.mesh = mesh_of(devices)
+        self.mesh, self.options = mesh_of(devices), compiler_options(devices[0])
         self.weights = jax.device_put(weights, NamedSharding(self.mesh, P()))
 
     def compile(self, function: Callable[..., Any], *given: Any) -> Run:
@@ -165,14 +173,15 @@ class MeshJit:
             in_shardings=(NamedSharding(self.mesh, P()), *[rows] * len(given)),
             out_shardings=rows,
         )
-        return functools.partial(jitted.lower(self.weights, *given).compile(), self.weights)
+        compiled = jitted.lower(self.weights, *given).compile(self.options)
+        return functools.partial(compiled, self.weights)
 
 
 class Pmap:
     """Each device gets its own row, by `jax.pmap`."""
 
     def __init__(self, weights: inference.Weights, devices: Sequence[jax.Device]):
-        self.devices = list(devices)
+        self.devices, self.options = list(devices), compiler_options(devices[0])
         # One copy a device, made once: a broadcast argument would be copied with every batch.
         stacked = jax.tree.map(
             lambda array: np.broadcast_to(array, (len(devices), *array.shape)), weights
@@ -182,10 +191,8 @@ class Pmap:
     def compile(self, function: Callable[..., Any], *given: Any) -> Run:
         """As that of `MeshJit`."""
         mapped = jax.pmap(function, devices=self.devices)
-        return functools.partial(mapped.lower(self.weights, *given).compile(), self.weights)
-
-
-STRATEGIES: dict[str, Callable[..., MeshJit | Pmap]] = {"jit": MeshJit, "pmap": Pmap}
+        compiled = mapped.lower(self.weights, *given).compile(self.options)
+        return functools.partial(compiled, self.weights)
 
 
 def mesh_of(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
@@ -208,6 +215,11 @@ class Predictor:
       compile_seconds: the time it took, or to read them from JAX's persistent cache.
       computed_tokens: of the chunks given so far, padding included.
     """
+
+    strategies: ClassVar[Mapping[str, Callable[..., MeshJit | Pmap]]] = {
+        "jit": MeshJit,
+        "pmap": Pmap,
+    }
 
     def __init__(
         self,
@@ -245,7 +257,7 @@ class Predictor:
             raise UsageError(
                 f"max_length {max_length}, but the checkpoint has {positions} positions"
             )
-        if parallel not in STRATEGIES:
+        if parallel not in self.strategies:
             raise UsageError(f"parallel {parallel!r} is neither 'jit' nor 'pmap'")
         if matmul_precision not in MATMUL_PRECISIONS:
             raise UsageError(
@@ -265,17 +277,21 @@ class Predictor:
             weights, self.attention = native.weights_of(model), "native"
         else:
             weights = inference.weights_of(model)
-            self.attention = attention.choose(
-                self.devices[0], self.config, str(self.dtype), max_length, plain=kernels == "xla"
-            )
+            with jax.default_matmul_precision(matmul_precision):
+                self.attention = self.choose_attention(plain=kernels == "xla")
         self.window_by_window = self.attention in ("native", "windows")
         self.short = not self.window_by_window and self.dtype == "bfloat16"
-        self.strategy = STRATEGIES[parallel](weights, self.devices)
+        self.strategy = self.strategies[parallel](weights, self.devices)
         self.usual_tokens = row_tokens(on_cpu)
         self.size_rows(self.usual_tokens if batch_tokens is None else batch_tokens)
         self.compiled: dict[Shape, Run] = {}
         self.searches: dict[tuple[Shape, Rule], Run] = {}
         self.compile_seconds, self.computed_tokens = 0.0, 0
+
+    def choose_attention(self, plain: bool) -> str:
+        """The kind of attention; see `flaxqa.attention.choose`."""
+        device, dtype = self.devices[0], str(self.dtype)
+        return attention.choose(device, self.config, dtype, self.max_length, plain=plain)
 
     @property
     def instruction_set(self) -> str | None:
@@ -299,7 +315,7 @@ class Predictor:
         if not self.window_by_window:
             # Few sizes, for each takes seconds to compile; tiles of products have 128 rows.
             tokens = {-(-max(size, longest) // 128) * 128 for size in (most, most // 4, most // 16)}
-            slots = (SLOT_TOKENS, LONG_SLOT_TOKENS)[: 1 + (self.attention in attention.SLOTTED)]
+            slots: tuple[int, ...] = (SLOT_TOKENS, LONG_SLOT_TOKENS)
         elif self.kernels == "native":
             # A row costs what its tokens cost, so one program serves all but the largest.
             usual = min(self.usual_tokens, most)
@@ -370,6 +386,7 @@ class Predictor:
                 attention=attention.KINDS[self.attention],
                 longest=self.max_length,
                 short=self.short,
+                unroll=LAYERS_AT_ONCE.get(self.devices[0].platform, 1),
             )
         with jax.default_matmul_precision(self.matmul_precision):
             return self.strategy.compile(forward, self.abstract(shape)[0])

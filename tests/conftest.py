@@ -5,6 +5,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -65,6 +66,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("shared") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="there is no ../shared beside the checkout"))
+        if item.get_closest_marker("tpu") and importlib.util.find_spec("libtpu") is None:
+            item.add_marker(pytest.mark.skip(reason="libtpu is not installed; make tpu"))
 
 
 @pytest.fixture(autouse=True)
