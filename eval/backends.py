@@ -5,6 +5,9 @@ decoder are flaxqa's for all. Those that take padded batches get them in one of 
 as transformers 4.57's pipeline and documentation do it, in the order they come, 8 at a time, padded
 to 384; `tuned`, sorted by length and padded to their longest. (`whole` is one batch of them all.)
 
+On an accelerator batches are larger, and all are sent before the first result is fetched. What has
+no code for it runs on the CPU and says so.
+
 A backend of your own is a subclass of `Backend` named as `module:Class`.
 """
 
@@ -14,11 +17,13 @@ import abc
 import contextlib
 import importlib.util
 import inspect
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -26,9 +31,15 @@ from flaxqa.errors import UsageError
 from flaxqa.features import Feature
 from flaxqa.spans import Logits
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from flaxqa.model import EncoderConfig
+
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 LENGTH, SHIPPED_BATCH = 384, 8
 TUNED_TOKENS = 2_048  # of a batch that is sorted by length
+TUNED_TOKENS_ELSEWHERE = 65_536  # the fastest for torch on an H100
 MULTIPLE = 8  # what the length of a tuned batch is rounded up to
 
 
@@ -37,11 +48,15 @@ class Backend(abc.ABC):
 
     Attributes:
       dtypes: that it computes in, the first by default.
+      devices: kinds of devices that it computes on.
+      device: the kind that it is asked to compute on, if it can; set before it is made.
       needs: what installs it.
       length: tokens of the longest window.
     """
 
     dtypes: ClassVar[tuple[str, ...]] = ("float32",)
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    device: ClassVar[str] = "cpu"
     needs: ClassVar[str] = ""
     length = LENGTH
 
@@ -65,28 +80,78 @@ class Backend(abc.ABC):
     def run(self, windows: Sequence[Feature], way: str) -> Sequence[Logits]:
         """The logits of every window."""
 
+    def where(self) -> str:
+        """The name of what computes."""
+        return "cpu"
+
+    def device_memory(self) -> int | None:
+        """The most bytes of the device's own memory that were in use; None on a CPU."""
+        return None
+
+    def about(self) -> dict[str, Any]:
+        """What else is worth knowing of how it computes."""
+        return {}
+
 
 class Padded(Backend):
-    """One that takes rows of one length."""
+    """One that takes rows of one length.
+
+    Attributes:
+      fixed: whether each shape has to be compiled, so that there should be few of them.
+    """
+
+    fixed: ClassVar[bool] = False
 
     @abc.abstractmethod
     def logits(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """input_ids, attention_mask and token_type_ids, int64 [B, T], to logits, float32 [B, T]."""
 
+    def send(self, inputs: Mapping[str, np.ndarray]) -> Any:
+        """Begins with a batch; where a device works on its own, `fetch` waits for it."""
+        return self.logits(inputs)
+
+    def fetch(self, sent: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The logits of what was sent."""
+        start, end = sent
+        return start, end
+
     def run(self, windows: Sequence[Feature], way: str) -> list[Logits]:
         found: dict[int, Logits] = {}
-        for rows, length in padded_batches(list(map(len, windows)), way, self.length):
-            start, end = self.logits(padded([windows[index] for index in rows], length))
+        tokens, multiple = TUNED_TOKENS, MULTIPLE
+        if self.device != "cpu":
+            tokens, multiple = TUNED_TOKENS_ELSEWHERE, 64 if self.fixed else MULTIPLE
+        lengths = list(map(len, windows))
+        sent = []
+        for rows, length in padded_batches(lengths, way, self.length, tokens, multiple):
+            there = [windows[index] for index in rows]
+            room = len(rows)
+            if self.fixed and self.device != "cpu" and way == "tuned":
+                room = max(1, tokens // length)
+            sent.append((rows, self.send(padded(there, length, room))))
+        for rows, batch in sent:
+            start, end = self.fetch(batch)
             for row, index in enumerate(rows):
-                tokens = len(windows[index])
-                found[index] = Logits(start[row, :tokens], end[row, :tokens])
+                own = slice(lengths[index])
+                found[index] = Logits(start[row, own], end[row, own])
         return [found[index] for index in range(len(windows))]
 
 
 def padded_batches(
-    lengths: Sequence[int], way: str, longest: int = LENGTH
+    lengths: Sequence[int],
+    way: str,
+    longest: int = LENGTH,
+    tokens: int = TUNED_TOKENS,
+    multiple: int = MULTIPLE,
 ) -> list[tuple[list[int], int]]:
-    """The windows of each batch and the length they are padded to."""
+    """The windows of each batch and the length they are padded to.
+
+    Args:
+      lengths: tokens of the windows.
+      way: "shipped", "tuned" or "whole".
+      longest: tokens of the longest window.
+      tokens: of a tuned batch, padding included.
+      multiple: what the length of a tuned batch is rounded up to.
+    """
     if way == "shipped":
         rows = list(range(len(lengths)))
         return [
@@ -97,16 +162,16 @@ def padded_batches(
         return [(order, max(lengths))]
     batches = []
     while order:
-        length = min(-(-lengths[order[0]] // MULTIPLE) * MULTIPLE, longest)
-        size = max(1, TUNED_TOKENS // length)
+        length = min(-(-lengths[order[0]] // multiple) * multiple, longest)
+        size = max(1, tokens // length)
         batches.append((order[:size], length))
         order = order[size:]
     return batches
 
 
-def padded(windows: Sequence[Feature], length: int) -> dict[str, np.ndarray]:
-    """Windows as the inputs of transformers' models."""
-    ids, mask, types = np.zeros((3, len(windows), length), np.int64)
+def padded(windows: Sequence[Feature], length: int, rows: int) -> dict[str, np.ndarray]:
+    """Windows as the inputs of transformers' models, in so many rows."""
+    ids, mask, types = np.zeros((3, rows, length), np.int64)
     for row, window in enumerate(windows):
         ids[row, : len(window)] = window.input_ids
         mask[row, : len(window)] = 1
@@ -118,15 +183,76 @@ class Jax(Backend):
     """flaxqa's predictor, which packs windows into rows; both ways are the same for it."""
 
     dtypes = ("float32", "bfloat16")
+    devices = ("cpu", "gpu", "tpu")
     options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, model: str, dtype: str, threads: int):
         from flaxqa import reader
 
+        jax_runs_on(self.device)
         self.predictor = reader.load(model, dtype=dtype, **self.options).predictor
 
     def run(self, windows: Sequence[Feature], way: str) -> Sequence[Logits]:
         return self.predictor.predict(windows)
+
+    def where(self) -> str:
+        return str(self.predictor.devices[0].device_kind)
+
+    def device_memory(self) -> int | None:
+        return jax_device_memory()
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "kernels": self.predictor.kernels,
+            "attention": self.predictor.attention,
+            "shapes": len(self.predictor.shapes),
+            "compile_seconds": self.predictor.compile_seconds,
+        }
+
+
+def jax_runs_on(device: str) -> None:
+    """Makes sure that JAX computes on such a device.
+
+    Raises:
+      RuntimeError: it has none.
+    """
+    import jax
+
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    if (there := jax.default_backend()) != device:
+        raise RuntimeError(f"JAX has no {device} here: it would run on the {there}")
+
+
+def product_rate(dtype: str) -> float:
+    """FLOP/s of one matrix product, as large as suits JAX's device; float32 in full."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 1_024 if jax.default_backend() == "cpu" else 8_192
+    square = jnp.ones((size, size), dtype)
+    with jax.default_matmul_precision("float32"):
+        product = jax.jit(jnp.matmul).lower(square, square).compile()
+    took = []
+    for _ in range(6):
+        began = time.perf_counter()
+        jax.block_until_ready([product(square, square) for _ in range(5)])
+        took.append((time.perf_counter() - began) / 5)
+    return 2 * size**3 / statistics.median(took)
+
+
+def useful_flops(config: EncoderConfig, lengths: ArrayLike) -> int:
+    """Multiplications and additions that windows of so many tokens need, none for padding."""
+    each = np.asarray(lengths, np.int64)
+    token = config.n_layers * 2 * (4 * config.dim**2 + 2 * config.dim * config.hidden_dim)
+    return int(token * each.sum() + config.n_layers * 4 * config.dim * (each**2).sum())
+
+
+def jax_device_memory() -> int | None:
+    import jax
+
+    told = jax.local_devices()[0].memory_stats()
+    return None if not told else told.get("peak_bytes_in_use")
 
 
 class JaxPmap(Jax):
@@ -142,34 +268,59 @@ class JaxXla(Jax):
 
 
 class JaxModel(Padded):
-    """flaxqa's model, called as transformers' models are: compiled once for each shape."""
+    """flaxqa's model, called as transformers' models are: compiled once for each shape.
+
+    Its float32 is that on every device, where JAX's own default is less on accelerators.
+    """
 
     dtypes = ("float32", "bfloat16")
+    devices = ("cpu", "gpu", "tpu")
+    fixed = True
 
     def __init__(self, model: str, dtype: str, threads: int):
+        import jax
+
         from flaxqa import checkpoint, devices
 
+        jax_runs_on(self.device)
+        jax.config.update("jax_default_matmul_precision", "float32")
         devices.use_compilation_cache()
         self.model = checkpoint.load(model, dtype=dtype).model
 
     def logits(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return self.fetch(self.send(inputs))
+
+    def send(self, inputs: Mapping[str, np.ndarray]) -> Any:
         output = self.model(*(inputs[name].astype(np.int32) for name in INPUTS))
-        return np.asarray(output.start_logits), np.asarray(output.end_logits)
+        return output.start_logits, output.end_logits
+
+    def fetch(self, sent: Any) -> tuple[np.ndarray, np.ndarray]:
+        start, end = map(np.asarray, sent)
+        return start, end
+
+    def where(self) -> str:
+        import jax
+
+        return str(jax.local_devices()[0].device_kind)
+
+    def device_memory(self) -> int | None:
+        return jax_device_memory()
 
 
 class JaxHfStyle(JaxModel):
     """The model without jit, operation by operation, as transformers 4's Flax classes ran."""
 
-    def logits(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def send(self, inputs: Mapping[str, np.ndarray]) -> Any:
         ids, mask, types = (inputs[name].astype(np.int32) for name in INPUTS)
         output = self.model.forward(ids, mask, types)
-        return np.asarray(output.start_logits), np.asarray(output.end_logits)
+        return output.start_logits, output.end_logits
 
 
 class Torch(Padded):
     """transformers' class with its default attention, sdpa."""
 
     dtypes = ("float32", "bfloat16")
+    devices = ("cpu", "gpu")
     needs = "'flaxqa[torch]'"
     attention: ClassVar[str] = "sdpa"
 
@@ -178,19 +329,35 @@ class Torch(Padded):
         import transformers
 
         torch.set_num_threads(threads)
-        self.torch = torch
+        self.torch, self.at = torch, "cuda" if self.device == "gpu" else "cpu"
+        if self.at == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"torch {torch.__version__} has no GPU here")
         loaded = transformers.AutoModelForQuestionAnswering.from_pretrained(
             model, attn_implementation=self.attention, use_safetensors=True
         )
-        self.model = loaded.eval().to(getattr(torch, dtype))
+        self.model = loaded.eval().to(self.at, getattr(torch, dtype))
         self.names = inspect.signature(loaded.forward).parameters
 
     def logits(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        torch = self.torch
-        given = {n: torch.from_numpy(each) for n, each in inputs.items() if n in self.names}
+        return self.fetch(self.send(inputs))
+
+    def send(self, inputs: Mapping[str, np.ndarray]) -> Any:
+        given = {n: self.torch.from_numpy(each) for n, each in inputs.items() if n in self.names}
+        if self.at == "cuda":
+            given = {n: each.pin_memory().cuda(non_blocking=True) for n, each in given.items()}
         with self.no_grad():
             output = self.model(**given)
-            return output.start_logits.float().numpy(), output.end_logits.float().numpy()
+            return output.start_logits, output.end_logits
+
+    def fetch(self, sent: Any) -> tuple[np.ndarray, np.ndarray]:
+        start, end = (each.float().cpu().numpy() for each in sent)
+        return start, end
+
+    def where(self) -> str:
+        return "cpu" if self.at == "cpu" else str(self.torch.cuda.get_device_name())
+
+    def device_memory(self) -> int | None:
+        return None if self.at == "cpu" else int(self.torch.cuda.max_memory_allocated())
 
     def no_grad(self) -> Any:
         return self.torch.inference_mode()
@@ -203,10 +370,10 @@ class TorchEager(Torch):
 
 
 class TorchCompile(Torch):
-    """The same through torch.compile: frozen weights, and of its settings what is fastest on CPUs.
+    """The same through torch.compile, with the settings that are fastest for it.
 
-    With fixed shapes, or without max-autotune, its float32 products are those of MKL, which on AMD
-    run at half of the rate; in bfloat16 max-autotune is slower.
+    On CPUs frozen weights; with fixed shapes, or without max-autotune, its float32 products are
+    those of MKL, which on AMD run at half of the rate; in bfloat16 max-autotune is slower.
     """
 
     def __init__(self, model: str, dtype: str, threads: int):
@@ -214,9 +381,9 @@ class TorchCompile(Torch):
         import torch._dynamo
         import torch._inductor.config
 
-        torch._inductor.config.freezing = True
+        torch._inductor.config.freezing = self.at == "cpu"
         torch._dynamo.config.cache_size_limit = 256
-        mode = "max-autotune" if dtype == "float32" else None
+        mode = "max-autotune" if dtype == "float32" and self.at == "cpu" else None
         self.model = self.torch.compile(self.model, dynamic=True, mode=mode)
 
     def no_grad(self) -> Any:
@@ -247,6 +414,7 @@ class OnnxRuntime(Padded):
     """flaxqa's ONNX export; int8 through dynamic quantization."""
 
     dtypes = ("float32", "int8")
+    devices = ("cpu", "gpu")  # with onnxruntime-gpu
     needs = "'flaxqa[onnxruntime]'"
 
     @classmethod
@@ -265,14 +433,25 @@ class OnnxRuntime(Padded):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"]
-        )
+        providers = ["CPUExecutionProvider"]
+        cuda = "CUDAExecutionProvider"
+        # Of dynamic quantization it has no code for CUDA.
+        if (
+            self.device == "gpu"
+            and dtype != "int8"
+            and cuda in onnxruntime.get_available_providers()
+        ):
+            providers.insert(0, cuda)
+        self.session = onnxruntime.InferenceSession(model, options, providers=providers)
+        self.on_cuda = self.session.get_providers()[0] == cuda
         self.names = [one.name for one in self.session.get_inputs()]
 
     def logits(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         start, end = self.session.run(None, {name: inputs[name] for name in self.names})
         return start, end
+
+    def where(self) -> str:
+        return "a CUDA device" if self.on_cuda else "cpu"
 
 
 class OpenVino(Padded):

@@ -107,6 +107,8 @@ class EvalConfig(Subject):
 class Measurement(Subject):
     """What backends are measured on, and how."""
 
+    PATHS: ClassVar[tuple[str, ...]] = (*Subject.PATHS, "record")
+
     limit: int | None = 200
     """Only the first so many questions."""
 
@@ -131,6 +133,17 @@ class Measurement(Subject):
     latency_bound: float = 1.0
     """Seconds in which 99 of 100 questions of the scenario server have to be answered."""
 
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """Where to compute; auto is where JAX runs. What cannot compute there runs on the CPU, and the
+    results say so."""
+
+    width: int | None = None
+    """Repeat the checkpoint's channels to so many, which changes no answer: 768 makes one of 384
+    channels as large as DistilBERT-base."""
+
+    record: str | None = None
+    """Also write the numbers, without single questions, into this file."""
+
     threads: int | None = None
     """Of each backend; as many as there are CPUs when left out."""
 
@@ -140,7 +153,7 @@ class Measurement(Subject):
     def __post_init__(self) -> None:
         problems = [
             f"{name} is {value}, it must be at least 1"
-            for name in ("limit", "rounds", "min_queries", "threads")
+            for name in ("limit", "rounds", "min_queries", "threads", "width")
             if (value := getattr(self, name)) is not None and value < 1
         ]
         problems += [

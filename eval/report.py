@@ -127,7 +127,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         f"{len(rows)} of {len(content['backends'])} backends were measured on "
         f"{content['questions']:,} questions of {content['data']['name']} with "
         f"{content['model']['name']}, on {content['machine']['cpus']} CPUs of "
-        f"{content['machine']['processor']}."
+        f"{content['machine']['processor']}"
+        f"{'' if content['device'] == 'cpu' else ' with ' + content['device_name']}."
     ]
     if differ := content["float32_logit_differences"]:
         largest = max(differ.values())
@@ -137,9 +138,10 @@ def summary(content: Mapping[str, Any]) -> list[str]:
             f"{same:.2%} of the answers or more are those of {content['reference']}."
         )
     fastest = sorted((row for row in valid if speed(row)), key=speed, reverse=True)
-    for dtype in dict.fromkeys(row["dtype"] for row in fastest):
-        ranked = [row for row in fastest if row["dtype"] == dtype]
-        text = f"Fastest in {dtype} is {ranked[0]['backend']}"
+    for dtype, device in dict.fromkeys((row["dtype"], row["device"]) for row in fastest):
+        ranked = [row for row in fastest if (row["dtype"], row["device"]) == (dtype, device)]
+        on = "" if content["device"] == "cpu" else f" on {device}"
+        text = f"Fastest in {dtype}{on} is {ranked[0]['backend']}"
         text += f" with {number(speed(ranked[0]))} questions/s"
         if len(ranked) > 1:
             ratio = speed(ranked[0]) / speed(ranked[1])
@@ -164,33 +166,47 @@ def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The main table: its head and its rows, as text."""
     ways = list(dict.fromkeys(way for row in there(content) for way in row["offline"]))
     served = any(row["server"] for row in there(content))
-    head = ["backend", "verdict", "EM", "F1", *(f"questions/s, {way}" for way in ways),
+    # A column says where each computes if not all did so on the processor.
+    placed = any(row["device"] != "cpu" for row in there(content))
+    head = ["backend", *(["on"] if placed else []), "verdict", "EM", "F1",
+            *(f"questions/s, {way}" for way in ways), *(f"useful TFLOP/s, {way}" for way in ways),
             "p50", "p99", *(["served/s"] if served else []), "same answers", "logits apart",
-            f"F1 {MINUS} reference", "load", "first call", "memory"]  # fmt: skip
+            f"F1 {MINUS} reference", "load", "first call", "memory",
+            *(["device memory"] if placed else [])]  # fmt: skip
     rows = []
     for row in content["backends"]:
         if "absent" in row:
-            rows.append([row["name"], "absent", *[""] * (len(head) - 2)])
+            cells = [row["name"], *([NOTHING] if placed else []), "absent"]
+            rows.append([*cells, *[""] * (len(head) - len(cells))])
             continue
         f1 = row["scores"]["f1"]
-        speeds = []
+        speeds, rates = [], []
         for way in ways:
             one = row["offline"].get(way)
             speeds.append(NOTHING if one is None else
                           f"{number(one['questions_per_second'])} "
                           f"({number(one['lowest'])} to {number(one['highest'])})")  # fmt: skip
+            rates.append(NOTHING if one is None else useful(one))
         single, server = row["single"] or {}, row["server"] or {}
         rows.append([
-            row["name"], row["verdict"], f"{row['scores']['exact_match']['value']:.2f}",
-            f"{f1['value']:.2f}", *speeds,
+            row["name"], *([row["device"]] if placed else []), row["verdict"],
+            f"{row['scores']['exact_match']['value']:.2f}", f"{f1['value']:.2f}", *speeds, *rates,
             took(single.get("p50")), took(single.get("p99")),
             *([number(server.get("rate"))] if served else []),
             f"{row['parity']['same_answers']:.2%}", number(row["parity"]["largest"]),
             f"{signed(f1['difference'])} ({interval(*f1['difference_interval'])})",
             took(row["load_seconds"]), took(row["first_call_seconds"]),
             mebibytes(row["peak_memory_bytes"]),
+            *([mebibytes(row["device_memory_bytes"])] if placed else []),
         ])  # fmt: skip
     return head, rows
+
+
+def useful(offline: Mapping[str, Any]) -> str:
+    """The rate of multiplications and additions that answers need, and its share of a product's."""
+    share = offline["share_of_products"]
+    rate = number(offline["useful_flops_per_second"] / 1e12)
+    return rate if share is None else f"{rate} ({share:.0%})"
 
 
 def markdown(content: Mapping[str, Any]) -> str:

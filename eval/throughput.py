@@ -189,12 +189,8 @@ def useful_flops(job: Job) -> dict[str, int]:
     from flaxqa import checkpoint
 
     loaded = checkpoint.load(job.model)
-    config = loaded.config
-    windows = features.make(questions_of(job), loaded.tokenizer)
-    lengths = np.array([len(window) for window in windows], np.int64)
-    per_token = config.n_layers * 2 * (4 * config.dim**2 + 2 * config.dim * config.hidden_dim)
-    attention = config.n_layers * 4 * config.dim
-    flops = int(per_token * lengths.sum() + attention * (lengths**2).sum())
+    lengths = features.make(questions_of(job), loaded.tokenizer).lengths
+    flops = backends.useful_flops(loaded.config, lengths)
     return {"windows": len(lengths), "tokens": int(lengths.sum()), "useful_flops": flops}
 
 

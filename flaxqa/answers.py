@@ -399,6 +399,7 @@ def decode_squad(
     *,
     n_best: int = N_BEST,
     max_answer_length: int = MAX_ANSWER_LENGTH,
+    top_k: int | None = None,
 ) -> list[Answers]:
     """For every example its best answers, best first: at most `n_best`, none if nothing counts.
 
@@ -406,8 +407,9 @@ def decode_squad(
       examples: with the contexts that the answers are cut from.
       features: the windows of the examples, as `features.make` orders them.
       logits: of each window, as `Predictor.predict` gives them.
-      n_best: starts and ends tried in each window, and answers kept of each example.
+      n_best: starts and ends tried in each window.
       max_answer_length: in tokens.
+      top_k: answers kept of each example; None for `n_best`.
 
     Raises:
       NotFinite: a logit is not finite.
@@ -418,7 +420,7 @@ def decode_squad(
     if not features:
         return [Answers() for _ in examples]
     table = Table(examples, features, logits, Pairs(n_best, max_answer_length))
-    return table.collected(table.answers(table.found, n_best, words=False))
+    return table.collected(table.answers(table.found, top_k or n_best, words=False))
 
 
 def probabilities(answers: Sequence[Answer]) -> list[float]:

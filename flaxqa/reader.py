@@ -243,7 +243,6 @@ class Reader:
         """
         check_counts(top_k=top_k, max_answer_length=max_answer_length, chunk_size=chunk_size)
         check_shares(min_score=min_score, no_answer_threshold=no_answer_threshold)
-
         if isinstance(records, (str, Mapping)):
             raise UsageError("records are an iterable of records; for one there is answer()")
 
@@ -483,11 +482,8 @@ class Reader:
             example if isinstance(example, str) else features.why_unanswerable(example)
             for example in examples
         ]
-        asked = [
-            example
-            for example, reason in zip(examples, reasons, strict=True)
-            if reason is None and isinstance(example, Example)
-        ]
+        pairs = zip(examples, reasons, strict=True)
+        asked = [one for one, reason in pairs if reason is None and isinstance(one, Example)]
         windows = self.windows_of(asked, known)
         return Prepared(reasons, asked, windows, time.perf_counter() - began)
 

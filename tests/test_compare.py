@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from conftest import QUICKSTART
 
-from eval import compare, report, squad
+from eval import backends, compare, report, results, runner, squad
 from eval.config import BenchConfig, CompareConfig
 from flaxqa import cli
 from flaxqa.errors import UsageError
+from flaxqa.features import Feature
+from flaxqa.tokens import Tokens
 
 DATA = {"model": str(QUICKSTART / "checkpoint"), "data": str(QUICKSTART / "heldout.json")}
 QUICK = {**DATA, "limit": 12, "rounds": 2, "min_seconds": 0.2, "min_queries": 12}
@@ -145,6 +147,14 @@ def test_every_round_is_kept_and_the_numbers_are_of_them(compared, rows):
         assert sum(single["stages"].values()) == pytest.approx(np.mean(single["latencies"]))
         assert rows[name]["peak_memory_bytes"] > 50 * 2**20
         assert rows[name]["load_seconds"] > 0 < rows[name]["first_call_seconds"]
+        assert rows[name]["device"] == "cpu"
+        assert rows[name]["device_memory_bytes"] is None
+        tuned = rows[name]["offline"]["tuned"]
+        useful = compared[0]["useful_flops"] / tuned["stages"]["compute"]
+        assert tuned["useful_flops_per_second"] == pytest.approx(useful)
+        assert 0 < tuned["share_of_products"] < 3
+    assert rows["jax"]["about"]["kernels"] == "native"
+    assert compared[0]["device"] == "cpu"
     assert rows["jax"]["offline"]["tuned"]["slower_than_first"] == 1
     mine, theirs = (
         [sum(one.values()) for one in rows[name]["offline"]["tuned"]["rounds"]]
@@ -212,7 +222,7 @@ def test_the_rates_that_are_tried_close_in_on_the_highest():
                 return {"latencies": [0.1]}
             return {"rate": arguments[0], "latencies": [0.2 if arguments[0] <= 37 else 2.0]}
 
-    one = compare.Contestant(None, Worker())
+    one = results.Contestant(None, Worker())
     compare.find_rate(one, BenchConfig(**DATA, output="", latency_bound=1.0))
     rates = [trial["rate"] for trial in one.server]
     assert rates == pytest.approx([10, 20, 40, 30, 35, 37.5])
@@ -229,29 +239,38 @@ def test_other_dtypes_may_stray_a_little_and_lose_by_chance(dtype, stray, f1, ve
     given = {
         one.id: right[one.id] if index < 100 * f1 else "no" for index, one in enumerate(questions)
     }
-    job = compare.Job("x", dtype, "", "", 384, 1)
+    job = runner.Job("x", dtype, "", "", 384, 1)
 
     class Worker:
-        absent, ready = None, {"load_seconds": 1.0, "first_call_seconds": 1.0}
+        absent = None
+        ready = {"load_seconds": 1.0, "first_call_seconds": 1.0, "device": "cpu"}  # noqa: RUF012
 
-    reference = compare.Contestant(job, Worker(), answers=right)
-    one = compare.Contestant(job, Worker(), answers=given)
+    reference = results.Contestant(job, Worker(), answers=right)
+    one = results.Contestant(job, Worker(), answers=given)
     one.logits = reference.logits = np.zeros((2, 9))
-    one.offline["tuned"] = [{"seconds": dict.fromkeys(compare.STAGES, 2.0), "elapsed": 6.0,
+    one.offline["tuned"] = [{"seconds": dict.fromkeys(runner.STAGES, 2.0), "elapsed": 6.0,
                              "queries": 1_000, "wrong": stray}]  # fmt: skip
     config = BenchConfig(**DATA, output="")
-    results = compare.Results(questions, False, reference, [one], config)
-    row = results.row(one)
+    about = {"useful_flops": 8e9, "device_name": "cpu"}
+    about["product_flops_per_second"] = {"float32": 16e9}
+    row = results.Results(questions, False, reference, [one], config, about).row(one)
     assert row["verdict"] == verdict, row["reasons"]
+    assert row["offline"]["tuned"]["useful_flops_per_second"] == 4e9
+    share = row["offline"]["tuned"]["share_of_products"]
+    assert share == (0.25 if dtype == "float32" else None)
+    Worker.ready["device"] = "an H100"
+    elsewhere = results.Results(questions, False, reference, [one], config, about).row(one)
+    assert elsewhere["device"] == "an H100"
+    assert elsewhere["offline"]["tuned"]["share_of_products"] is None
 
 
 def test_paired_differences_have_narrower_intervals_than_the_scores():
     rng = np.random.default_rng(0)
     own = rng.random(400)
-    found = compare.difference_interval(own, own - 0.01)
+    found = results.difference_interval(own, own - 0.01)
     assert found["difference"] == pytest.approx(1.0)
     assert found["difference_interval"] == pytest.approx((1.0, 1.0))
-    low, high = compare.difference_interval(own, rng.random(400))["difference_interval"]
+    low, high = results.difference_interval(own, rng.random(400))["difference_interval"]
     assert low < 0 < high
 
 
@@ -276,3 +295,87 @@ def test_a_backend_that_cannot_be_is_refused_before_anything_is_done(tmp_path, c
 def test_settings_that_measure_nothing_are_refused(change):
     with pytest.raises(UsageError, match=next(iter(change))):
         CompareConfig(**{**QUICK, "output": "", **change})
+
+
+def test_what_is_recorded_has_no_single_questions(tmp_path):
+    record = tmp_path / "records" / "run.json"
+    config = CompareConfig(
+        **{**QUICK, "limit": 3, "rounds": 1}, output=str(tmp_path / "out"), backends=("jax",),
+        scenarios=("offline", "single"), sweep=False, width=256, record=str(record),
+    )  # fmt: skip
+    found = compare.compare(config)
+    assert found["model"]["config"]["dim"] == 256
+    assert found["backends"][0]["verdict"] == "VALID", found["backends"][0]["reasons"]
+    kept = json.loads(record.read_text())
+    assert "disagreements" not in kept
+    assert "latencies" not in kept["backends"][0]["single"]
+    assert kept["backends"][0]["offline"] == found["backends"][0]["offline"]
+    assert kept["product_flops_per_second"]["float32"] > 1e9
+
+
+def test_a_device_that_is_not_here_is_told_of(tmp_path):
+    config = CompareConfig(**QUICK, output=str(tmp_path), backends=("jax",), device="gpu")
+    with pytest.raises(
+        UsageError, match="reference jax-model/float32 fails: .*JAX has no gpu here"
+    ):
+        compare.compare(config)
+
+
+def test_tpus_are_measured_one_backend_after_the_other(tmp_path, monkeypatch):
+    """They belong to one process at a time: each has ended before the next begins."""
+    alive, most = set(), []
+
+    class Ended(compare.Worker):
+        def __init__(self, *arguments, **options):
+            most.append(len(alive))
+            alive.add(self)
+            super().__init__(*arguments, **options)
+            if self.ready.get("platform"):
+                self.ready["platform"] = "tpu"
+
+        def close(self):
+            alive.discard(self)
+            super().close()
+
+    def on_cpu(job):
+        return {**job_of(job), "device": "cpu"}
+
+    job_of = compare.dataclasses.asdict
+    monkeypatch.setattr(compare.dataclasses, "asdict", on_cpu)
+    monkeypatch.setattr(compare, "Worker", Ended)
+    config = CompareConfig(
+        **{**QUICK, "limit": 3, "rounds": 1, "min_queries": 3}, output=str(tmp_path),
+        backends=("jax", "jax-xla"), scenarios=("offline",), ways=("tuned",), sweep=False,
+    )  # fmt: skip
+    found = compare.compare(config)
+    assert most == [0, 0, 0]
+    assert [row["verdict"] for row in found["backends"]] == ["VALID", "VALID"]
+    assert found["device"] == "tpu"
+
+
+def test_large_batches_on_accelerators_have_few_shapes(monkeypatch):
+    """What has to be compiled for each shape gets rows of six lengths, in batches of one size."""
+    seen = set()
+
+    class Fixed(backends.Padded):
+        fixed, device = True, "gpu"
+
+        def __init__(self):
+            pass
+
+        def logits(self, inputs):
+            seen.add(inputs["input_ids"].shape)
+            return inputs["input_ids"] * 1.0, inputs["attention_mask"] * 1.0
+
+    rng = np.random.default_rng(0)
+    sizes = rng.gamma(7, 25, 2_000).astype(int).clip(20, 384)
+    context = Tokens(np.zeros(2, np.int32))
+    windows = [
+        Feature(i, np.arange(n, dtype=np.int32), 1, context, slice(0, 2), False)
+        for i, n in enumerate(sizes)
+    ]
+    for window, one in zip(windows, Fixed().run(windows, "tuned"), strict=True):
+        assert np.array_equal(one.start, window.input_ids)
+        assert (one.end == 1).all()
+    assert len(seen) <= 6
+    assert all(rows == 65_536 // length for rows, length in seen)

@@ -26,11 +26,13 @@ def scores(exact, f1, difference=0.0):
 def backend(name, speed, **change):
     stages = {"tokenize": 0.1, "compute": 0.8, "decode": 0.1}
     offline = {"rounds": [stages], "seconds": 1.0, "questions_per_second": speed, "stages": stages,
-               "lowest": speed - 1, "highest": speed + 2, "slower_than_first": 1.0}  # fmt: skip
+               "lowest": speed - 1, "highest": speed + 2, "slower_than_first": 1.0,
+               "useful_flops_per_second": 4.2e11, "share_of_products": 0.84}  # fmt: skip
     latencies = [0.01, 0.02, 0.03]
     return {
         "name": f"{name}/float32", "backend": name, "dtype": "float32", "verdict": "VALID",
-        "reasons": [], "load_seconds": 1.5, "first_call_seconds": 0.2, "peak_memory_bytes": 2**28,
+        "reasons": [], "device": "cpu", "device_memory_bytes": None, "load_seconds": 1.5,
+        "first_call_seconds": 0.2, "peak_memory_bytes": 2**28,
         "parity": {"largest": 2e-5, "mean": 1e-6, "same_answers": 1.0}, "scores": scores(70, 80),
         "offline": {"shipped": offline, "tuned": offline},
         "single": {"queries": 3, "p50": 0.02, "p90": 0.03, "p99": 0.03, "latencies": latencies},
@@ -57,7 +59,7 @@ def content():
     return {
         "measured": "2026-01-01T00:00:00+00:00", "commit": None, "reference": "jax-model/float32",
         "config": {"rounds": 5}, "model": {"name": EVIL}, "data": {"name": EVIL},
-        "questions": 1_200, "set_aside": 0, "tokens": 99,
+        "questions": 1_200, "set_aside": 0, "tokens": 99, "device": "cpu", "device_name": "cpu",
         "machine": {"processor": EVIL, "cpus": 2}, "versions": {"jax": "1", "torch": None},
         "backends": rows, "float32_logit_differences": {f"{names[0]} - {names[1]}": 3e-5},
         "groups": {"question word": [
@@ -67,6 +69,23 @@ def content():
             "right": [EVIL], "reference": "Turin",
             "answers": {names[0]: "Turin", names[1]: "Rome", names[2]: EVIL}}],
     }  # fmt: skip
+
+
+def test_the_table_says_where_each_computes_if_that_differs(content):
+    head, rows = report.table(content)
+    assert "on" not in head
+    assert rows[0][head.index("useful TFLOP/s, tuned")] == "0.42 (84%)"
+    content["device"], content["device_name"] = "gpu", "an H100"
+    content["backends"][0] |= {"device": "an H100", "device_memory_bytes": 2**30}
+    head, rows = report.table(content)
+    places, memory = ([row[head.index(name)] for row in rows] for name in ("on", "device memory"))
+    assert places == ["an H100", "cpu", "cpu", "\u2013"]
+    assert memory == ["1,024 MiB", "\u2013", "\u2013", ""]
+    assert all(len(row) == len(head) for row in rows)
+    said = report.summary(content)
+    assert said[0].endswith("with an H100.")
+    assert any("Fastest in float32 on an H100 is jax" in sentence for sentence in said)
+    assert any("Fastest in float32 on cpu is torch" in sentence for sentence in said)
 
 
 @pytest.fixture

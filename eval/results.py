@@ -1,0 +1,358 @@
+"""What comes of a comparison: parity, scores and speeds of each backend, and a verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval import squad
+from eval.config import BenchConfig, CompareConfig
+from eval.runner import STAGES, Job
+from eval.worker import Worker
+
+CLOSE = 1e-3  # logits of float32 backends; rounding makes 1e-5
+ALIKE = 0.999  # share of answers that are the reference's, in float32
+WORTH = 0.99  # F1 of any dtype, of the reference's, unless chance explains it
+# Share of answers in timed runs that may not be those of the accuracy run, by whether it is
+# float32: scales of dynamic quantization depend on what else is in the batch.
+STRAY = {True: 1 - ALIKE, False: 0.05}
+FASTER = 1.5  # asking one thing again, to asking different ones: from here on it was not computed
+AUDITS = 3  # how often it has to be so
+RESAMPLES = 10_000
+
+
+@dataclasses.dataclass
+class Contestant:
+    """A backend and what was measured of it.
+
+    Attributes:
+      job: which it is.
+      worker: its process.
+      answers: by question, of the accuracy run; none if it never came to one.
+      logits: [2, tokens of all windows], of the same.
+      offline: of each way the rounds.
+      single: the rounds.
+      server: the rates that were tried.
+      audit: see `Runner.audit`.
+      sweep: by batch size and length, tokens a second.
+      usage: see `Runner.usage`.
+    """
+
+    job: Job
+    worker: Worker
+    answers: dict[str, str] = dataclasses.field(default_factory=dict)
+    logits: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 0)))
+    offline: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    single: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    server: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    audit: dict[str, float] = dataclasses.field(default_factory=dict)
+    sweep: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    usage: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def take_accuracy(self, path: Path) -> None:
+        """Runs everything once; what later runs answer has to be the same."""
+        if told := self.worker.ask("accuracy", str(path)):
+            self.answers = told["answers"]
+            with np.load(path) as arrays:
+                self.logits = np.stack([arrays["start"], arrays["end"]])
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+
+@dataclasses.dataclass
+class Results:
+    """What comes of the measurements, at any time while they go on."""
+
+    questions: Sequence[squad.SquadExample]
+    v2: bool
+    reference: Contestant
+    contestants: Sequence[Contestant]
+    config: CompareConfig | BenchConfig
+    about: Mapping[str, Any]
+    known: dict[int, squad.Scores] = dataclasses.field(default_factory=dict)
+
+    def content(self) -> dict[str, Any]:
+        there = [one for one in self.contestants if one.answers]
+        exact = [one for one in there if one.job.dtype == "float32"]
+        return {
+            "reference": self.reference.name,
+            "backends": [self.row(one) for one in self.contestants],
+            "float32_logit_differences": {
+                f"{a.name} - {b.name}": differences(a, b)["largest"]
+                for a, b in itertools.combinations(exact, 2)
+            },
+            "groups": self.groups(there),
+            "disagreements": self.disagreements(there),
+        }
+
+    def row(self, one: Contestant) -> dict[str, Any]:
+        """All about one backend."""
+        job, ready = one.job, one.worker.ready
+        row: dict[str, Any] = {"name": one.name, "backend": job.backend, "dtype": job.dtype}
+        if not one.answers:
+            return row | {"absent": one.worker.absent}
+        reasons = self.reasons(one)
+        return row | {
+            "verdict": "INVALID" if reasons else "VALID",
+            "reasons": reasons,
+            "load_seconds": ready["load_seconds"],
+            "first_call_seconds": ready["first_call_seconds"],
+            "device": ready["device"],
+            "peak_memory_bytes": one.usage.get("peak_memory_bytes"),
+            "device_memory_bytes": one.usage.get("device_memory_bytes"),
+            "about": one.usage.get("about", {}),
+            "parity": {
+                **differences(one, self.reference),
+                "same_answers": self.same_answers(one),
+            },
+            "scores": self.scores(one),
+            "offline": {
+                way: self.offline(one, way) for way, rounds in one.offline.items() if any(rounds)
+            },
+            "single": self.latencies(one),
+            "server": self.server(one),
+            "sweep": one.sweep,
+            "audit": one.audit,
+        }
+
+    def same_answers(self, one: Contestant) -> float:
+        """The share of answers that are the reference's."""
+        theirs = self.reference.answers
+        return sum(theirs[key] == text for key, text in one.answers.items()) / len(theirs)
+
+    def scored(self, one: Contestant) -> squad.Scores:
+        """The scores of a backend, whose answers do not change while it is timed."""
+        if id(one) not in self.known:
+            self.known[id(one)] = squad.score(self.questions, one.answers, v2=self.v2)
+        return self.known[id(one)]
+
+    def scores(self, one: Contestant) -> dict[str, Any]:
+        """EM and F1 with intervals, and their distance from the reference's, by question."""
+        own, theirs = self.scored(one), self.scored(self.reference)
+        intervals, found = own.intervals(), {}
+        for name, values in (("exact_match", "exact_matches"), ("f1", "f1s")):
+            apart = difference_interval(getattr(own, values), getattr(theirs, values))
+            found[name] = {"value": getattr(own, name), "interval": intervals[name], **apart}
+        return found
+
+    def reasons(self, one: Contestant) -> list[str]:
+        """Why the numbers of a backend do not count."""
+        found = []
+        if one.worker.absent is not None:
+            found.append(f"it ended before it was measured: {one.worker.absent}")
+        parity, same = differences(one, self.reference), self.same_answers(one)
+        if one.job.dtype == "float32":
+            if not parity["largest"] <= CLOSE:
+                found.append(
+                    f"logits differ from the reference's by {parity['largest']:.2g}, more than "
+                    f"{CLOSE:g}"
+                )
+            if same < ALIKE:
+                found.append(f"{same:.1%} of the answers are the reference's, not {ALIKE:.1%}")
+        f1, theirs = self.scores(one)["f1"], self.scored(self.reference).f1
+        if theirs + f1["difference_interval"][1] < WORTH * theirs:
+            found.append(
+                f"F1 is {f1['value']:.2f}, which is not by chance less than {WORTH:.0%} of the "
+                f"reference's {theirs:.2f}"
+            )
+        rounds = [*itertools.chain(*one.offline.values()), *one.single, *one.server]
+        asked, wrong = (sum(each.get(key, 0) for each in rounds) for key in ("queries", "wrong"))
+        if wrong > asked * STRAY[one.job.dtype == "float32"]:
+            found.append(
+                f"{wrong:,} of {asked:,} answers in timed runs are not those of the accuracy run"
+            )
+        for name, queries, seconds in self.amounts(one):
+            if queries < self.config.min_queries:
+                found.append(f"{name} had {queries} queries, less than {self.config.min_queries}")
+            if seconds < self.config.min_seconds:
+                found.append(
+                    f"{name} took {seconds:.2f} s, less than {self.config.min_seconds:g} s"
+                )
+        audit = one.audit
+        if audit and audit["different"] > FASTER * audit["same"]:
+            found.append(
+                f"what was asked before takes {audit['different'] / audit['same']:.1f} times less "
+                f"time than what is new, {AUDITS} times measured: answers seem to be kept"
+            )
+        return found
+
+    def amounts(self, one: Contestant) -> Iterator[tuple[str, int, float]]:
+        """Of each scenario how many questions were asked, and for how many seconds."""
+        scenarios = {f"offline, {way},": rounds for way, rounds in one.offline.items()}
+        for name, rounds in {**scenarios, "single": one.single}.items():
+            there = [each for each in rounds if each]
+            if there:
+                queries, seconds = (sum(each[key] for each in there)
+                                    for key in ("queries", "elapsed"))  # fmt: skip
+                yield name, queries, seconds
+
+    def offline(self, one: Contestant, way: str) -> dict[str, Any]:
+        rounds = [each["seconds"] for each in one.offline[way] if each]
+        totals = [sum(each.values()) for each in rounds]
+        first = next(each for each in self.contestants if any(each.offline.get(way, ())))
+        pairs = [
+            (mine["seconds"], theirs["seconds"])
+            for mine, theirs in zip(one.offline[way], first.offline[way], strict=False)
+            if mine and theirs
+        ]
+        ratios = [sum(mine.values()) / sum(theirs.values()) for mine, theirs in pairs]
+        compute_ratios = [mine["compute"] / theirs["compute"] for mine, theirs in pairs]
+        asked = len(one.answers)
+        stages = {stage: statistics.median(each[stage] for each in rounds) for stage in STAGES}
+        useful = self.about["useful_flops"] / stages["compute"]
+        products = self.about["product_flops_per_second"].get(one.job.dtype)
+        same_place = one.worker.ready["device"] == self.about["device_name"]
+        return {
+            "rounds": rounds,
+            "seconds": statistics.median(totals),
+            "questions_per_second": asked / statistics.median(totals),
+            "lowest": asked / max(totals),
+            "highest": asked / min(totals),
+            "stages": stages,
+            "useful_flops_per_second": useful,
+            "share_of_products": useful / products if products and same_place else None,
+            "slower_than_first": statistics.median(ratios) if ratios else None,
+            "compute_slower_than_first": statistics.median(compute_ratios) if ratios else None,
+        }
+
+    def latencies(self, one: Contestant) -> dict[str, Any] | None:
+        """Of the scenario `single`, in seconds; `stages` are of a question on average."""
+        every = [seconds for each in one.single if each for seconds in each["latencies"]]
+        if not every:
+            return None
+        stages = {
+            stage: sum(each["stages"][stage] for each in one.single if each) / len(every)
+            for stage in STAGES
+        }
+        return {"queries": len(every), **percentiles(every), "stages": stages, "latencies": every}
+
+    def server(self, one: Contestant) -> dict[str, Any] | None:
+        """The highest rate that kept the bound, and all that were tried."""
+        if not one.server:
+            return None
+        trials = [
+            {"rate": each["rate"], "queries": len(each["latencies"]),
+             "stages": each["stages"], **percentiles(each["latencies"])}
+            for each in one.server
+        ]  # fmt: skip
+        kept = [each["rate"] for each in trials if each["p99"] <= self.config.latency_bound]
+        return {"bound": self.config.latency_bound, "rate": max(kept, default=0.0),
+                "trials": sorted(trials, key=lambda each: each["rate"])}  # fmt: skip
+
+    def groups(self, there: Sequence[Contestant]) -> dict[str, list[dict[str, Any]]]:
+        """EM and F1 of each backend by the kind of question, and by lengths."""
+        scored = {one.name: self.scored(one) for one in there}
+        found: dict[str, list[dict[str, Any]]] = {}
+        for title, group_of, order in GROUPS:
+            labels = np.array([group_of(question) for question in self.questions])
+            found[title] = [
+                {
+                    "group": label,
+                    "questions": int((labels == label).sum()),
+                    "scores": {
+                        name: {
+                            "exact_match": 100 * float(one.exact_matches[labels == label].mean()),
+                            "f1": 100 * float(one.f1s[labels == label].mean()),
+                        }
+                        for name, one in scored.items()
+                    },
+                }
+                for label in order
+                if (labels == label).any()
+            ]
+        return found
+
+    def disagreements(self, there: Sequence[Contestant]) -> list[dict[str, Any]]:
+        """The questions that not all answer alike, with what each says."""
+        found = []
+        for question in self.questions:
+            right = self.reference.answers.get(question.id)
+            texts = {one.name: one.answers.get(question.id) for one in there}
+            if any(text != right for text in texts.values()):
+                found.append(
+                    {
+                        "id": question.id,
+                        "question": question.question,
+                        "context": question.context,
+                        "right": list(question.answers),
+                        "reference": right,
+                        "answers": texts,
+                    }
+                )
+        return found
+
+
+def differences(a: Contestant, b: Contestant) -> dict[str, float]:
+    """Largest and mean of the differences of two backends' logits."""
+    if a.logits.shape != b.logits.shape:
+        return {"largest": math.inf, "mean": math.inf}
+    apart = np.abs(a.logits.astype(np.float64) - b.logits)
+    return {"largest": float(apart.max()), "mean": float(apart.mean())}
+
+
+def difference_interval(own: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+    """The mean difference of paired scores in percent, with its 95 % bootstrap interval."""
+    apart = 100.0 * (own.astype(np.float64) - theirs)
+    values, counts = np.unique(apart, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(len(apart), counts / len(apart), RESAMPLES)
+    low, high = np.percentile(drawn @ values / len(apart), (2.5, 97.5))
+    return {"difference": float(apart.mean()), "difference_interval": (float(low), float(high))}
+
+
+def finite(value: Any) -> Any:
+    """The same for JSON, which has no infinite numbers: None in their place."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that so many percent are not above."""
+    return float(np.percentile(values, share, method="higher"))
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    return {f"p{share}": percentile(values, share) for share in (50, 90, 99)}
+
+
+def question_word(question: squad.SquadExample) -> str:
+    """Its question word."""
+    words = question.question.lower().split()
+    return next((word for word in words if word in QUESTION_WORDS), "other")
+
+
+def answer_length(question: squad.SquadExample) -> str:
+    words = min((len(answer.split()) for answer in question.answers), default=0)
+    return next(label for end, label in ANSWER_LENGTHS if words <= end)
+
+
+def context_length(question: squad.SquadExample) -> str:
+    words = len(question.context.split())
+    return next(label for end, label in CONTEXT_LENGTHS if words <= end)
+
+
+QUESTION_WORDS = ("what", "who", "when", "where", "which", "how", "why")
+ANSWER_LENGTHS = (
+    (0, "none"), (1, "1 word"), (2, "2 words"), (4, "3 or 4 words"), (9, "5 to 9 words"),
+    (math.inf, "10 words or more"),
+)  # fmt: skip
+CONTEXT_LENGTHS = (
+    (99, "up to 99 words"), (149, "100 to 149 words"), (199, "150 to 199 words"),
+    (299, "200 to 299 words"), (math.inf, "300 words or more"),
+)  # fmt: skip
+GROUPS: tuple[tuple[str, Callable[[squad.SquadExample], str], Sequence[str]], ...] = (
+    ("question word", question_word, (*QUESTION_WORDS, "other")),
+    ("shortest right answer", answer_length, [label for _, label in ANSWER_LENGTHS]),
+    ("length of the context", context_length, [label for _, label in CONTEXT_LENGTHS]),
+)
