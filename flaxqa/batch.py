@@ -186,6 +186,7 @@ class Worker:
             "devices": len(predictor.devices),
             "kernels": predictor.kernels,
             "instruction_set": predictor.instruction_set,
+            "attention": predictor.attention,
             "batch_tokens": predictor.row_tokens[-1],
             "machine": platform.machine(),
             "flaxqa": flaxqa.__version__,
