@@ -44,6 +44,8 @@ class Subject:
 class EvalConfig(Subject):
     """One evaluation of a checkpoint on a SQuAD v1.1 or 2.0 data set."""
 
+    PATHS: ClassVar[tuple[str, ...]] = (*Subject.PATHS, "profile")
+
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     """Of weights and operands; sums, norms and softmax are float32 in any case. auto is bfloat16 on
     GPUs and TPUs, float32 on CPUs; which it was is in run.json."""
@@ -84,6 +86,9 @@ class EvalConfig(Subject):
 
     null_score_diff_threshold: float = 0.0
     """SQuAD 2.0: a question is left unanswered where its null odds are above this."""
+
+    profile: str | None = None
+    """Write a trace of a few steady batches, by jax.profiler, into this directory."""
 
     min_f1: float | None = None
     """A gate: exit code 5 when F1 in percent is below it. The results are written all the same."""

@@ -22,7 +22,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from flaxqa import answers, files, reader
 from flaxqa.answers import Answer, Answers
 from flaxqa.errors import DataError, TryAgain
 from flaxqa.features import default_question_limit
+from flaxqa.profile import Profile
 from flaxqa.progress import Progress, Silence
 from flaxqa.reader import Reader, Spent
 
@@ -106,8 +107,10 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
         rows, spent, resumed = partial.rows, partial.spent, len(partial.rows)
         progress.begin(len(questions), resumed)
         left = questions[resumed:]  # which begins where a chunk does
-        for found, took in answers_of(left, loaded, config, progress):
-            partial.append(found, took)
+        with Profile(config.profile) as profile:
+            advance = profile.after(progress.advance)
+            for found, took in answers_of(left, loaded, config, advance):
+                partial.append(found, took)
     progress.stage("scoring")
     scoring = time.perf_counter()
     threshold = config.null_score_diff_threshold if v2 else None
@@ -160,7 +163,7 @@ def read_data(config: Subject) -> tuple[squad.Data, dict[str, Any]]:
 
 def run_key(run: dict[str, Any]) -> str:
     """A hash of everything that decides an answer: a resumed run must have the same."""
-    later = ("output", "min_f1", "null_score_diff_threshold")  # these decide no row
+    later = ("output", "min_f1", "null_score_diff_threshold", "profile")  # these decide no row
     config = {k: v for k, v in run["config"].items() if k not in later}
     model = {k: v for k, v in run["model"].items() if k != "directory"}
     decides = {**run, "config": config, "model": model}
@@ -171,14 +174,14 @@ def answers_of(
     questions: Sequence[squad.SquadExample],
     loaded: Reader,
     config: EvalConfig,
-    progress: Progress,
+    advance: Callable[[int, int], None],
 ) -> Iterator[tuple[list[Answers], Spent]]:
     """The answers to every question, chunk by chunk; in `error` why one cannot be asked."""
     n = {"spans": "top_k", "squad": "n_best"}[config.decoder]
     options = {n: config.n_best, "max_answer_length": config.max_answer_length}
     decode = answers.Decoder(config.decoder, **options)
     chunks = reader.chunks(questions, size_of=reader.characters)
-    return loaded.answer_chunks(chunks, decode, progress.advance)
+    return loaded.answer_chunks(chunks, decode, advance)
 
 
 class Partial:

@@ -593,9 +593,12 @@ def run_here(
     config: PredictConfig, place: Place, reader: Reader, left: Sequence[int], progress: Progress
 ) -> Iterator[tuple[Entry, Mapping[str, int]]]:
     """The engine `local`: this process answers all."""
+    from flaxqa.profile import Profile
+
     worker = Worker(config, place.plan, place.run_key, reader)
-    for entry, spent in worker.run(left, place.write, progress.advance):
-        yield entry, dataclasses.asdict(spent)
+    with Profile(config.profile) as profile:
+        for entry, spent in worker.run(left, place.write, profile.after(progress.advance)):
+            yield entry, dataclasses.asdict(spent)
 
 
 def for_ray(config: PredictConfig) -> PredictConfig:
@@ -619,6 +622,8 @@ def run_on_ray(
 
     The cluster is that of RAY_ADDRESS, or one that is started in this machine, on loopback.
     """
+    if config.profile is not None:
+        raise UsageError("--profile is for the engine local, which computes in this process")
     if not left:
         return
     if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:

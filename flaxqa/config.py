@@ -21,7 +21,7 @@ SHARD_SIZE = 10_000
 class PredictConfig:
     """Answers to any number of records."""
 
-    PATHS: ClassVar[tuple[str, ...]] = ("input", "output", "model")
+    PATHS: ClassVar[tuple[str, ...]] = ("input", "output", "model", "profile")
 
     input: tuple[str, ...]
     """Files, folders, patterns (JSONL, CSV, Parquet, SQuAD JSON, .gz, .zst), or a hub data set."""
@@ -109,6 +109,9 @@ class PredictConfig:
 
     batch_tokens: int | None = None
     """Tokens of a batch on each device; what suits the device when left out."""
+
+    profile: str | None = None
+    """Write a trace of a few steady batches, by jax.profiler, into this directory."""
 
     engine: Literal["local", "ray"] = "local"
     """This process, or actors of Ray Data, in the cluster of RAY_ADDRESS or one started here."""
