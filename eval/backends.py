@@ -125,8 +125,8 @@ class Padded(Backend):
         for rows, length in padded_batches(lengths, way, self.length, tokens, multiple):
             there = [windows[index] for index in rows]
             room = len(rows)
-            if self.fixed and self.device != "cpu" and way == "tuned":
-                room = max(1, tokens // length)
+            if self.fixed and self.device != "cpu" and way == "tuned":  # few sizes
+                room = min(1 << (room - 1).bit_length(), max(1, tokens // length))
             sent.append((rows, self.send(padded(there, length, room))))
         for rows, batch in sent:
             start, end = self.fetch(batch)
@@ -203,8 +203,7 @@ class Jax(Backend):
 
     def about(self) -> dict[str, Any]:
         return {
-            "kernels": self.predictor.kernels,
-            "attention": self.predictor.attention,
+            **self.predictor.computed_by,
             "shapes": len(self.predictor.shapes),
             "compile_seconds": self.predictor.compile_seconds,
         }
@@ -501,6 +500,7 @@ class TensorFlow(Padded):
 
         with contextlib.suppress(RuntimeError):  # a TensorFlow that runs already keeps its number
             tf.config.threading.set_intra_op_parallelism_threads(threads)
+            tf.config.set_visible_devices([], "GPU")  # as `where` says
         self.tf, self.loaded = tf, tf.saved_model.load(model)
         self.serve = self.loaded.signatures["serving_default"]
         self.names = list(self.serve.structured_input_signature[1])

@@ -199,10 +199,11 @@ class Results:
         rounds = [each["seconds"] for each in one.offline[way] if each]
         totals = [sum(each.values()) for each in rounds]
         first = next(each for each in self.contestants if any(each.offline.get(way, ())))
+        beside = one.worker.ready["device"] == first.worker.ready["device"]
         pairs = [
             (mine["seconds"], theirs["seconds"])
             for mine, theirs in zip(one.offline[way], first.offline[way], strict=False)
-            if mine and theirs
+            if mine and theirs and beside
         ]
         ratios = [sum(mine.values()) / sum(theirs.values()) for mine, theirs in pairs]
         compute_ratios = [mine["compute"] / theirs["compute"] for mine, theirs in pairs]

@@ -401,7 +401,7 @@ def decode_squad(
     max_answer_length: int = MAX_ANSWER_LENGTH,
     top_k: int | None = None,
 ) -> list[Answers]:
-    """For every example its best answers, best first: at most `n_best`, none if nothing counts.
+    """For every example its best answers, best first: at most `top_k`, none if nothing counts.
 
     Args:
       examples: with the contexts that the answers are cut from.

@@ -184,9 +184,7 @@ class Worker:
         return {
             "device": predictor.devices[0].device_kind,
             "devices": len(predictor.devices),
-            "kernels": predictor.kernels,
-            "instruction_set": predictor.instruction_set,
-            "attention": predictor.attention,
+            **predictor.computed_by,
             "batch_tokens": predictor.row_tokens[-1],
             "machine": platform.machine(),
             "flaxqa": flaxqa.__version__,
@@ -534,6 +532,8 @@ def check(config: PredictConfig, share: tuple[int, int] | None) -> None:
         raise UsageError(f"shard {share[0]}/{share[1]}: the first must be from 0 to the second - 1")
     if share is not None and config.engine != "local":
         raise UsageError("a share of the work is computed by the engine local")
+    if config.profile is not None and config.engine != "local":
+        raise UsageError("--profile is for the engine local, which computes in this process")
 
 
 @dataclasses.dataclass
@@ -622,8 +622,6 @@ def run_on_ray(
 
     The cluster is that of RAY_ADDRESS, or one that is started in this machine, on loopback.
     """
-    if config.profile is not None:
-        raise UsageError("--profile is for the engine local, which computes in this process")
     if not left:
         return
     if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:

@@ -299,6 +299,12 @@ class Predictor:
         return native.library().instruction_sets[-1] if self.kernels == "native" else None
 
     @property
+    def computed_by(self) -> dict[str, str | None]:
+        """The names of what computes, for the records of a run."""
+        names = ("kernels", "instruction_set", "attention")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def shapes(self) -> list[Shape]:
         return sorted(self.compiled)
 
