@@ -8,12 +8,14 @@ TORCH := torch==2.13.0
 LOCK := --quiet --universal --python-version 3.11 --no-header --no-emit-index-url \
   --no-emit-find-links --upgrade
 
-.PHONY: help eval test bench tpu lint types check lock clean
+.PHONY: help eval test bench bench-gpu precision tpu lint types check lock clean
 
 help:
 	@echo "make eval    set up and score the quickstart checkpoint on its held-out questions"
 	@echo "make test    set up and run the tests"
 	@echo "make bench   set up other engines and measure flaxqa beside them; 20 minutes on 2 cores"
+	@echo "make bench-gpu  the same on this machine's accelerator, beside torch; 8 minutes on an H100"
+	@echo "make precision  what bfloat16 and float8 cost in EM and F1; 8 minutes on 2 cores"
 	@echo "make tpu     set up TPU's compiler and compile flaxqa for chips that are not here; 5 minutes"
 	@echo "make check   set up, lint and check types"
 	@echo "make lock    resolve the locked versions anew (needs uv)"
@@ -29,6 +31,17 @@ bench: .venv/.bench
 	$(BIN)/python -m eval.throughput --dtype float32 --output runs/bench-float32.json
 	$(BIN)/python -m eval.throughput --dtype bfloat16 --output runs/bench-bfloat16.json
 	$(BIN)/python -m eval.throughput --steps --output runs/bench-steps.json --plot runs/bench-steps.svg
+
+# MODEL=DIR and DATA=FILE measure another checkpoint and data than the quickstart's. An environment
+# that has JAX and torch for its devices already is taken with GPU_PYTHON=python3.
+GPU_PYTHON := $(BIN)/python
+SUBJECT = $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
+bench-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),.venv/.gpu)
+	$(GPU_PYTHON) -m eval.accelerator $(SUBJECT) --width 768 \
+	  --output benchmarks/$$(date +%Y-%m-%d)-accelerator.json
+
+precision: .venv/.run
+	$(BIN)/python -m eval.precision $(SUBJECT) --output runs/precision.json
 
 # Beside the environment, which would look for a TPU with it.
 tpu: .venv/.tpu
@@ -62,6 +75,10 @@ NATIVE := $(addprefix flaxqa/native/,build.py encoder.cc encoder.h ffi.cc)
 
 .venv/.bench: .venv/.run requirements-bench.lock
 	$(PIP) --requirement requirements-bench.lock $(TORCH)
+	@touch $@
+
+.venv/.gpu: .venv/.run
+	$(PIP) --constraint requirements.lock "jax[cuda13]" torch
 	@touch $@
 
 LIBTPU := import importlib.metadata as m; \

@@ -51,6 +51,7 @@ class Backend(abc.ABC):
       devices: kinds of devices that it computes on.
       device: the kind that it is asked to compute on, if it can; set before it is made.
       needs: what installs it.
+      traceable: whether jax.profiler sees what it does.
       length: tokens of the longest window.
     """
 
@@ -58,6 +59,7 @@ class Backend(abc.ABC):
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     device: ClassVar[str] = "cpu"
     needs: ClassVar[str] = ""
+    traceable: ClassVar[bool] = False
     length = LENGTH
 
     @classmethod
@@ -184,6 +186,7 @@ class Jax(Backend):
 
     dtypes = ("float32", "bfloat16")
     devices = ("cpu", "gpu", "tpu")
+    traceable = True
     options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, model: str, dtype: str, threads: int):
@@ -274,7 +277,7 @@ class JaxModel(Padded):
 
     dtypes = ("float32", "bfloat16")
     devices = ("cpu", "gpu", "tpu")
-    fixed = True
+    fixed = traceable = True
 
     def __init__(self, model: str, dtype: str, threads: int):
         import jax

@@ -30,7 +30,7 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,6 @@ class Field:
         self.stack = contextlib.ExitStack()
         self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
         self.directory = self.loaded.directory.resolve()
-        if config.width is not None:
-            from eval.widen import widened
-
-            self.directory = widened(self.loaded, config.width, self.folder / "model")
-            self.loaded = checkpoint.load(self.directory)
         self.length = min(backends.LENGTH, self.loaded.config.max_position_embeddings)
         windows = features.make(
             self.asked, self.loaded.tokenizer, max_length=self.length,
@@ -207,6 +202,10 @@ def compare(
     chosen = [parsed(name) for name in config.backends]
     if not chosen or len(set(chosen)) < len(chosen):
         raise UsageError(f"backends are {config.backends}: at least one, and none of them twice")
+    if config.profile is not None:
+        if not any(backends.backend_of(backend).traceable for backend, _ in chosen):
+            raise UsageError(f"--profile is for JAX backends, and {config.backends} has none")
+        files.writable_directory(config.profile)
     output = files.writable_directory(config.output)
     with Field(config, output, progress) as field:
         reference = field.reference()
@@ -227,24 +226,7 @@ def compare(
             for one in started if not together else ():
                 one.worker.close()
         progress.stage("scoring")
-        found = content()
-    if config.record is not None:
-        files.writable_directory(Path(config.record).parent)
-        files.write_whole(
-            Path(config.record), json.dumps(compact(found), indent=1).encode() + b"\n"
-        )
-    return found
-
-
-def compact(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A comparison without what each question took and was answered, to be kept."""
-    left_out = ("disagreements", "groups")
-    kept = {name: value for name, value in content.items() if name not in left_out}
-    kept["backends"] = [
-        {**row, "single": {k: v for k, v in (row.get("single") or {}).items() if k != "latencies"}}
-        for row in content["backends"]
-    ]
-    return kept
+        return content()
 
 
 def measure(
@@ -290,6 +272,10 @@ def measure(
             if one.audit and one.audit["different"] <= FASTER * one.audit["same"]:
                 break
         one.usage = one.worker.ask("usage")
+    if config.profile is not None:
+        for one in everyone("profile"):
+            if one.worker.ready["traceable"]:
+                one.worker.ask("profile", str(Path(config.profile) / one.name.replace("/", "-")))
 
 
 def find_rate(one: Contestant, config: CompareConfig | BenchConfig) -> None:

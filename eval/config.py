@@ -55,7 +55,8 @@ class EvalConfig(Subject):
 
     kernels: Literal["auto", "native", "xla"] = "auto"
     """What computes on a CPU: the C++ library that was compiled at installation, or XLA. auto is
-    the library where it can be used; which it was is in run.json."""
+    the library where it can be used; which it was is in run.json. On GPUs and TPUs xla leaves out
+    fused attention."""
 
     parallel: Literal["jit", "pmap"] = "jit"
     """How rows are split over devices: jit over a mesh, or pmap. The answers are the same."""
@@ -112,7 +113,7 @@ class EvalConfig(Subject):
 class Measurement(Subject):
     """What backends are measured on, and how."""
 
-    PATHS: ClassVar[tuple[str, ...]] = (*Subject.PATHS, "record")
+    PATHS: ClassVar[tuple[str, ...]] = (*Subject.PATHS, "profile")
 
     limit: int | None = 200
     """Only the first so many questions."""
@@ -142,12 +143,9 @@ class Measurement(Subject):
     """Where to compute; auto is where JAX runs. What cannot compute there runs on the CPU, and the
     results say so."""
 
-    width: int | None = None
-    """Repeat the checkpoint's channels to so many, which changes no answer: 768 makes one of 384
-    channels as large as DistilBERT-base."""
-
-    record: str | None = None
-    """Also write the numbers, without single questions, into this file."""
+    profile: str | None = None
+    """Write a trace of a few steady batches of each JAX backend, by jax.profiler, below this
+    directory, once everything is measured."""
 
     threads: int | None = None
     """Of each backend; as many as there are CPUs when left out."""
@@ -158,7 +156,7 @@ class Measurement(Subject):
     def __post_init__(self) -> None:
         problems = [
             f"{name} is {value}, it must be at least 1"
-            for name in ("limit", "rounds", "min_queries", "threads", "width")
+            for name in ("limit", "rounds", "min_queries", "threads")
             if (value := getattr(self, name)) is not None and value < 1
         ]
         problems += [

@@ -27,6 +27,7 @@ from flaxqa.spans import Logits
 
 STAGES = ("tokenize", "compute", "decode")
 AUDITED = 8  # windows that are asked again
+TRACED = 512  # windows
 SERVED_AT_ONCE = 32  # waiting questions that are answered together
 
 
@@ -243,6 +244,16 @@ class Runner:
         """FLOP/s of a large matrix product on JAX's device, by dtype."""
         return {dtype: backends.product_rate(dtype) for dtype in ("bfloat16", "float32")}
 
+    def profile(self, directory: str) -> dict[str, Any]:
+        """Traces a few batches."""
+        import jax
+
+        few = self.windows(self.examples)[:TRACED]
+        self.backend.run(few, "tuned")
+        with jax.profiler.trace(directory):
+            self.backend.run(few, "tuned")
+        return {"profile": directory}
+
     def usage(self) -> dict[str, Any]:
         """What it took in memory, and how it computes."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -255,6 +266,7 @@ class Runner:
 
 COMMANDS = (
     "accuracy", "offline", "warm", "single", "server", "audit", "sweep", "products", "usage",
+    "profile",
 )  # fmt: skip
 
 
@@ -273,6 +285,7 @@ def serve(job: Job) -> None:
 
         ready = {name: getattr(runner, name) for name in ("load_seconds", "first_call_seconds")}
         ready |= {"device": runner.backend.where(), "platform": runner.job.device}
+        ready["traceable"] = runner.backend.traceable
         return ready, answer
 
     worker.serve(start, backends.backend_of(job.backend).needs)

@@ -319,20 +319,24 @@ def test_settings_that_measure_nothing_are_refused(change):
         CompareConfig(**{**QUICK, "output": "", **change})
 
 
-def test_what_is_recorded_has_no_single_questions(tmp_path):
-    record = tmp_path / "records" / "run.json"
+def test_backends_of_jax_leave_a_trace_each(tmp_path):
     config = CompareConfig(
-        **{**QUICK, "limit": 3, "rounds": 1}, output=str(tmp_path / "out"), backends=("jax",),
-        scenarios=("offline", "single"), sweep=False, width=256, record=str(record),
+        **{**QUICK, "limit": 3, "rounds": 1, "min_queries": 3}, output=str(tmp_path / "out"),
+        backends=("jax", "torch"), scenarios=("offline",), ways=("tuned",), sweep=False,
+        profile=str(tmp_path / "traces"),
     )  # fmt: skip
     found = compare.compare(config)
-    assert found["model"]["config"]["dim"] == 256
-    assert found["backends"][0]["verdict"] == "VALID", found["backends"][0]["reasons"]
-    kept = json.loads(record.read_text())
-    assert "disagreements" not in kept
-    assert "latencies" not in kept["backends"][0]["single"]
-    assert kept["backends"][0]["offline"] == found["backends"][0]["offline"]
-    assert kept["product_flops_per_second"]["float32"] > 1e9
+    assert [row["verdict"] for row in found["backends"]] == ["VALID", "VALID"]
+    assert [path.name for path in (tmp_path / "traces").iterdir()] == ["jax-float32"]
+    assert len(sorted((tmp_path / "traces").rglob("*.trace.json.gz"))) == 1
+
+
+def test_what_jax_does_not_compute_is_not_traced(tmp_path):
+    config = CompareConfig(**QUICK, output=str(tmp_path / "out"), backends=("torch",),
+                           profile=str(tmp_path / "traces"))  # fmt: skip
+    with pytest.raises(UsageError, match="--profile is for JAX backends"):
+        compare.compare(config)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_device_that_is_not_here_is_told_of(tmp_path):

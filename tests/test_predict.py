@@ -294,6 +294,9 @@ def test_compiled_code_is_kept_in_the_users_cache(monkeypatch, tmp_path):
         jax._src.compilation_cache.reset_cache()
         Predictor(small_model(), max_length=64, devices=1).compile([Shape(17, 3)])
         assert list((tmp_path / "flaxqa").rglob("*-cache"))
+        # Of GPUs what XLA found out by trying lies in there, too.
+        kept = jax.config.jax_persistent_cache_enable_xla_caches
+        assert "xla_gpu_per_fusion_autotune_cache_dir" in kept
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         jax._src.compilation_cache.reset_cache()
