@@ -25,7 +25,7 @@ eval: .venv/.run
 	$(BIN)/flaxqa eval --config configs/quickstart.toml
 
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 bench: .venv/.bench
 	$(BIN)/python -m eval.throughput --dtype float32 --output runs/bench-float32.json

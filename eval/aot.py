@@ -201,7 +201,7 @@ def main() -> int:
         return 2
     if args.output:
         content = {"versions": {"jax": jax.__version__}, "programs": rows}
-        files.write_whole(Path(args.output), json.dumps(content, indent=1).encode() + b"\n")
+        files.write_named(args.output, json.dumps(content, indent=1).encode() + b"\n")
     print(table(rows), end="")
     if args.limits:
         limits = json.loads(Path(args.limits).read_bytes())["programs"]

@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -130,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if args.output:
         content = {"arguments": vars(args), "rows": found}
-        files.write_whole(Path(args.output), json.dumps(content, indent=1).encode() + b"\n")
+        files.write_named(args.output, json.dumps(content, indent=1).encode() + b"\n")
     return 0
 
 

@@ -51,7 +51,7 @@ def read(directory: str | Path) -> Run:
       UsageError: it has none.
       DataError: a file is damaged.
     """
-    directory = Path(directory)
+    directory = files.local(directory)
 
     def content(name: str) -> Any:
         try:
@@ -527,11 +527,10 @@ def write(runs: Sequence[Run], path: str | Path) -> None:
     """Writes the page.
 
     Raises:
-      UsageError: the path is a directory, or below a file.
+      UsageError: the path is a directory, a URL, or below a file.
       TryAgain: the place cannot be written.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"{path} is a directory; name a file")
-    files.writable_directory(path.parent)
-    files.write_whole(path, page(runs).encode())
+    path = files.local(path)
+    if not path.exists():
+        files.writable_directory(path.parent)
+    files.write_named(path, page(runs).encode())

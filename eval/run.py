@@ -139,7 +139,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
 
 def read_data(config: Subject) -> tuple[squad.Data, dict[str, Any]]:
     """The questions, cut to `limit`, and where they came from."""
-    path = Path(config.data)
+    path = files.local(config.data)
     source: dict[str, Any] = {"name": config.data}
     try:
         is_file, is_there = path.is_file(), path.exists()

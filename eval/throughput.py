@@ -576,7 +576,7 @@ def main() -> int:
     if args.plot:
         waterfall(found, Path(args.plot))
     if args.output:
-        files.write_whole(Path(args.output), json.dumps(found, indent=1).encode() + b"\n")
+        files.write_named(args.output, json.dumps(found, indent=1).encode() + b"\n")
     print(table(found), end="")
     return 0
 

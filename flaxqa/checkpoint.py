@@ -146,7 +146,7 @@ def checked_dtype(dtype: DTypeLike) -> np.dtype:
 
 def locate(name: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
     """(directory, commit) of a checkpoint's files; those of a hub repository are fetched first."""
-    directory = Path(name)
+    directory = files.local(name)
     try:
         directory = directory.expanduser()
         is_there, is_directory = directory.exists(), directory.is_dir()

@@ -720,7 +720,7 @@ def score(command: Score) -> int:
     if command.out_file is None:
         print(json.dumps(result))
     else:
-        files.write_whole(command.out_file, json.dumps(result).encode() + b"\n")
+        files.write_named(command.out_file, json.dumps(result).encode() + b"\n")
     return 0
 
 

@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from flaxqa import files
 from flaxqa.errors import UsageError, all_problems
 
 SHARD_SIZE = 10_000
@@ -143,7 +144,7 @@ def read_toml(path: str | Path, kind: type[Any]) -> dict[str, Any]:
     Raises:
       UsageError: the file cannot be read, or has an unknown field or a value of another type.
     """
-    path = Path(path)
+    path = files.local(path)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

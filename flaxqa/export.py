@@ -79,7 +79,7 @@ def export(
     dtype = str(model.dtype)
     if dtype not in (TOLERANCE if format == "stablehlo" else ("float32",)):
         raise UsageError(f"{format} of a {dtype} model is not written; load it in float32")
-    path = Path(path)
+    path = files.local(path)
     if path.exists() or path.is_symlink():
         refuse_to_replace(path, format, overwrite)
     write, run = FORMATS[format]

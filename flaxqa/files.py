@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +14,48 @@ from pathlib import Path
 from flaxqa.errors import TryAgain, UsageError
 
 BLOCK = 1 << 20
+URL = re.compile(r"[A-Za-z][\w+.-]+:/")  # a drive has one letter
+
+
+def local(name: str | Path) -> Path:
+    """The path that a name stands for.
+
+    Raises:
+      UsageError: it is a URL, which nothing here reads or writes.
+    """
+    if URL.match(str(name)):
+        raise UsageError(f"{name} is a URL: only local files and folders are read and written")
+    return Path(name)
+
+
+def write_named(name: str | Path, content: bytes) -> None:
+    """Writes a file that the user named, whole or not at all; of a link that it leads to.
+
+    What is no file but takes bytes (/dev/stdout, a FIFO) is written as it is.
+
+    Raises:
+      UsageError: it is a folder, a URL, or something else that cannot be written.
+      TryAgain: the place cannot be written or is full.
+    """
+    path = local(name)
+    try:
+        path = path.resolve(strict=True)
+        mode = path.stat().st_mode
+    except FileNotFoundError:  # a new file, perhaps at the end of a link
+        path, mode = path.resolve(), stat.S_IFREG
+    except (OSError, RuntimeError) as error:  # a link to itself, a name too long
+        raise UsageError(f"{name} cannot be written: {error}") from error
+    if stat.S_ISREG(mode):
+        write_whole(path, content)
+    elif stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
+        try:
+            with path.open("wb", buffering=0) as file:
+                write_all(file.fileno(), content)
+        except OSError as error:
+            raise TryAgain(f"{name} cannot be written: {error.strerror}") from error
+    else:
+        kind = "a folder" if stat.S_ISDIR(mode) else "a socket or a disk"
+        raise UsageError(f"{name} cannot be written: it is {kind}")
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -112,10 +156,10 @@ def writable_directory(path: str | Path) -> Path:
     """Makes the directory if it is missing and proves that a file can be written into it.
 
     Raises:
-      UsageError: the path is something else than a directory.
+      UsageError: the path is something else than a directory, or a URL.
       TryAgain: it cannot be made or written.
     """
-    directory = Path(path)
+    directory = local(path)
     try:
         if directory.exists() and not directory.is_dir():
             raise UsageError(f"{directory} is not a directory")

@@ -9,7 +9,9 @@
     _errors/                      what was set aside of each shard
 
 A part and what belongs to it appear by renaming after they are on disk; then comes the line in the
-manifest. So a part without a line is computed again, and whatever a crash cut short is found.
+manifest. So a part without a line is computed again, and whatever a crash cut short is found. What
+is read again has a checksum: the run, the plan, each line. Nothing is removed that these do not
+name.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
+import re
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +37,9 @@ RUN, PLAN, MANIFEST = "_run.json", "_plan.json", "_manifest.jsonl"
 ERRORS, FRAGMENTS, SUCCESS, LOCK = "errors.jsonl", "_errors", "_SUCCESS", ".lock"
 SUFFIXES = {"parquet": ".parquet", "jsonl": ".jsonl"}
 SHOWN = 10
+STATE = re.compile(r"_manifest(-\d+-of-\d+)?\.jsonl|_run\.json|_plan\.json|_SUCCESS|errors\.jsonl")
+LOCKS = re.compile(r"\.lock(-begin|-\d+-of-\d+)?")
+TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")  # of `files.write_whole`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,9 +85,7 @@ class Place:
 
     def name(self, shard: int) -> str:
         """A part's name without suffix."""
-        n = len(self.plan.shards)
-        width = max(5, len(str(n)))
-        return f"part-{shard:0{width}d}-of-{n:0{width}d}"
+        return part_name(shard, len(self.plan.shards))
 
     def fragment(self, shard: int) -> Path:
         """The file of what was set aside of a shard."""
@@ -112,6 +115,20 @@ class Place:
             run_key=self.run_key,
             computed_by=computed_by,
         )
+
+    def counts(self, entry: Entry) -> tuple[int, int]:
+        """The answers in a part and the lines of what was set aside, as they are there."""
+        try:
+            part = self.directory / entry.part
+            if self.suffix == SUFFIXES["parquet"]:
+                import pyarrow.parquet as pq
+
+                rows = pq.read_metadata(part).num_rows
+            else:
+                rows = lines_in(part)
+            return rows, lines_in(self.fragment(entry.shard)) if entry.errors_sha256 else 0
+        except (OSError, ValueError) as error:
+            raise DataError(f"{entry.part} cannot be read: {error}") from error
 
     def is_whole(self, entry: Entry) -> bool:
         """Whether a part and what belongs to it have the bytes that were written."""
@@ -194,22 +211,28 @@ class Output:
             before, planned = self.read(RUN), self.read(PLAN)
             if before is None and (strangers := sorted(self.directory.glob("part-*"))):
                 raise UsageError(
-                    f"{self.directory} has {strangers[0].name} but no {RUN}: choose another "
-                    "directory, or --restart to remove what is there"
+                    f"{self.directory} has {strangers[0].name} but no {RUN}: it is of another "
+                    "program, or what is left of a run; choose another directory"
                 )
             plan = make_plan(Plan.from_json(planned) if planned is not None else None)
             run = describe(plan)
-            key = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-            if before is not None and (changes := differences(before, {"run_key": key, **run})):
+            key = checksum(run)
+            asked = before and {name: before[name] for name in before.keys() - {"run_key", "plan"}}
+            if asked is not None and (changes := differences(asked, run)):
                 where = (
                     f"{self.directory} has another run; choose another directory, or --restart to "
                     "begin anew. They differ in"
                 )
                 raise UsageError(all_problems(where, changes))
+            whole = {"run_key": key, "plan": plan.sha256(), **run}
+            if before is not None and before["plan"] != whole["plan"]:
+                raise DataError(
+                    f"{self.path(PLAN)} is not the plan of {RUN}; --restart begins anew"
+                )
             if plan.to_json() != planned:
-                files.write_whole(self.path(PLAN), as_json(plan.to_json()))
+                files.write_whole(self.path(PLAN), sealed(plan.to_json()))
             if before is None:
-                files.write_whole(self.path(RUN), as_json({"run_key": key, **run}))
+                files.write_whole(self.path(RUN), sealed(whole))
             self.place = Place(self.directory, plan, key, suffix)
             try:
                 self.path(FRAGMENTS).mkdir(exist_ok=True)
@@ -226,62 +249,113 @@ class Output:
         run, planned = self.read(RUN), self.read(PLAN)
         if run is None or planned is None:
             raise UsageError(f"{self.directory} has no run")
-        suffix = SUFFIXES[run["output"]["format"]]
-        self.place = Place(self.directory, Plan.from_json(planned), run["run_key"], suffix)
+        plan, suffix = Plan.from_json(planned), SUFFIXES[run["output"]["format"]]
+        if plan.sha256() != run["plan"]:
+            raise DataError(f"{self.path(PLAN)} is not the plan of {RUN}; --restart begins anew")
+        self.place = Place(self.directory, plan, run["run_key"], suffix)
         self.find_finished()
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the directory, None if it is missing."""
+        """A sealed file of the directory, None if it is missing."""
         path = self.path(name)
         try:
-            content = json.loads(path.read_bytes())
+            content = path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
             raise TryAgain(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
+        if (found := unsealed(content)) is None:
             raise DataError(f"{path} is damaged; --restart begins anew")
-        return content
+        return found
 
     def remove_all(self) -> None:
-        """Removes what an earlier run wrote, and nothing else."""
+        """Removes what an earlier run wrote.
+
+        Raises:
+          UsageError: there is something else; says what, and removes nothing.
+        """
         try:
-            self.path(SUCCESS).unlink(missing_ok=True)
-            for path in self.directory.iterdir():
-                ours = path.name in (RUN, PLAN, ERRORS) or path.name.startswith(
-                    ("part-", ".part-", "_manifest", "._", f".{ERRORS}.")
+            there = [*self.directory.iterdir()]
+            if self.path(FRAGMENTS).is_dir():
+                there += self.path(FRAGMENTS).iterdir()
+            known = self.known()
+            ours = [path for path in there if self.is_ours(path, known)]
+            if strangers := sorted(str(path.relative_to(self.directory))
+                                   for path in {*there} - {*ours}):  # fmt: skip
+                raise UsageError(
+                    f"{self.directory} has what this run did not write: {some_of(strangers)}. "
+                    "Nothing is removed; choose another directory"
                 )
-                if ours and path.is_file():
+            for path in sorted(ours, key=lambda path: (path.name != SUCCESS, path.name == RUN)):
+                if path.name != FRAGMENTS and not LOCKS.fullmatch(path.name):
                     path.unlink()
             if self.path(FRAGMENTS).is_dir():
-                shutil.rmtree(self.path(FRAGMENTS))
+                self.path(FRAGMENTS).rmdir()
         except OSError as error:
             raise TryAgain(f"{self.directory} cannot be cleared: {error}") from error
+
+    def known(self) -> set[str]:
+        """The names of the parts that the run here may have written, without suffix.
+
+        They are those of its plan, and those of its manifest.
+        """
+        if not self.path(RUN).is_file():
+            return set()
+        names = {Path(entry.part).stem for entry in self.noted()}
+        try:
+            planned = unsealed(self.path(PLAN).read_bytes())
+        except FileNotFoundError:
+            planned = None
+        n = len(planned["shards"]) if planned is not None else 0
+        return names | {part_name(shard, n) for shard in range(n)}
+
+    def is_ours(self, path: Path, known: Collection[str]) -> bool:
+        """Whether the run here wrote it, or may be writing it."""
+        if path.is_symlink() or not path.is_file():
+            return path == self.path(FRAGMENTS) and not path.is_symlink() and path.is_dir()
+        name = path.name
+        if (temporary := TEMPORARY.fullmatch(name)) is not None:
+            name = temporary[1]
+        if path.parent == self.path(FRAGMENTS):
+            return name.removesuffix(".jsonl") in known and name.endswith(".jsonl")
+        if LOCKS.fullmatch(name):
+            return True
+        if STATE.fullmatch(name):
+            # The plan is there before the run is.
+            return self.path(RUN).is_file() or name in (RUN, PLAN)
+        stem, dot, suffix = name.partition(".")
+        return stem in known and dot + suffix in SUFFIXES.values()
 
     def find_finished(self) -> None:
         """Finds the parts that are there with the bytes that the manifest says."""
         plan = self.place.plan
         if self.share is None:
-            for pattern in (".part-*", "._*", f".{ERRORS}.*", f"{FRAGMENTS}/.part-*"):
+            known = self.known()
+            for pattern in (".*", f"{FRAGMENTS}/.*"):
                 for path in self.directory.glob(pattern):  # what a crash left half written
-                    path.unlink(missing_ok=True)
-        entries: dict[int, Entry] = {}
-        for path in self.manifests():
-            for line in path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # a line that a crash cut
-                    entry = Entry(**json.loads(line))
-                    if entry.run_key == self.place.run_key and entry.shard < len(plan.shards):
-                        entries[entry.shard] = entry
+                    if TEMPORARY.fullmatch(path.name) and self.is_ours(path, known):
+                        path.unlink(missing_ok=True)
+        entries = {
+            entry.shard: entry
+            for entry in self.noted()
+            if entry.run_key == self.place.run_key and entry.shard < len(plan.shards)
+        }
         self.finished = {
             shard: entry for shard, entry in sorted(entries.items()) if self.place.is_whole(entry)
         }
         if len(self.finished) < len(plan.shards):
             self.path(SUCCESS).unlink(missing_ok=True)
 
+    def noted(self) -> Iterator[Entry]:
+        """The lines of the manifests that are whole."""
+        for path in self.manifests():
+            for line in path.read_bytes().splitlines():
+                if (content := unsealed(line)) is not None:
+                    yield Entry(**content)
+
     def manifests(self) -> list[Path]:
-        return sorted(self.directory.glob("_manifest*.jsonl"))
+        paths = self.directory.glob("_manifest*.jsonl")
+        return sorted(path for path in paths if STATE.fullmatch(path.name))
 
     def mine(self) -> range:
         """The shards that this process answers for."""
@@ -299,7 +373,7 @@ class Output:
         name = MANIFEST
         if self.share is not None:
             name = "_manifest-{}-of-{}.jsonl".format(*self.share)
-        files.append_line(self.path(name), json.dumps(dataclasses.asdict(entry)).encode())
+        files.append_line(self.path(name), line_of(entry))
         self.finished[entry.shard] = entry
 
     def finalize(self) -> dict[str, Any]:
@@ -314,23 +388,24 @@ class Output:
         """
         plan, place = self.place.plan, self.place
         if missing := [place.name(i) for i in range(len(plan.shards)) if i not in self.finished]:
-            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-            raise TryAgain(f"{self.directory} misses {', '.join(missing[:SHOWN])}{more}")
+            raise TryAgain(f"{self.directory} misses {some_of(missing)}")
         entries = [self.finished[i] for i in range(len(plan.shards))]
         for entry, shard in zip(entries, plan.shards, strict=True):
             planned = sum(segment.records for segment in shard)
-            if entry.rows + entry.set_aside != planned:
+            rows, set_aside = place.counts(entry)
+            if (rows, set_aside) != (entry.rows, entry.set_aside) or rows + set_aside != planned:
                 raise DataError(
-                    f"{entry.part} has {entry.rows} answers and {entry.set_aside} records were set "
-                    f"aside, but the shard has {planned}"
+                    f"{entry.part} has {rows} answers and {set_aside} records were set aside, but "
+                    f"{MANIFEST} has {entry.rows} and {entry.set_aside}, the shard {planned}"
                 )
         fragments = [place.fragment(entry.shard) for entry in entries if entry.set_aside]
         if fragments:
             files.write_joined(self.path(ERRORS), fragments)
-        if self.manifests() != [self.path(MANIFEST)]:
-            lines = [json.dumps(dataclasses.asdict(entry)).encode() + b"\n" for entry in entries]
-            files.write_whole(self.path(MANIFEST), b"".join(lines))
-            for path in self.manifests():
+        lines = b"".join(line_of(entry) + b"\n" for entry in entries)
+        manifests = self.manifests()
+        if manifests != [self.path(MANIFEST)] or manifests[0].read_bytes() != lines:
+            files.write_whole(self.path(MANIFEST), lines)
+            for path in manifests:
                 if path.name != MANIFEST:
                     path.unlink()
         summary = {
@@ -410,3 +485,45 @@ def sha256_of(path: Path) -> str | None:
 
 def as_json(content: Any) -> bytes:
     return json.dumps(content, indent=1).encode() + b"\n"
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """A JSON file with a checksum of its content."""
+    return as_json({**content, "checksum": checksum(content)})
+
+
+def unsealed(content: bytes) -> dict[str, Any] | None:
+    """What was sealed; None if it is damaged."""
+    try:
+        found = json.loads(content)
+        told = found.pop("checksum")
+        return found if checksum(found) == told else None
+    except (ValueError, RecursionError, LookupError, AttributeError, TypeError):
+        return None
+
+
+def line_of(entry: Entry) -> bytes:
+    """An entry as a line of the manifest, sealed."""
+    content = dataclasses.asdict(entry)
+    return json.dumps({**content, "checksum": checksum(content)}).encode()
+
+
+def lines_in(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(files.BLOCK), b""))
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of many names."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def part_name(shard: int, n: int) -> str:
+    """The name of part `shard` of n, without suffix."""
+    width = max(5, len(str(n)))
+    return f"part-{shard:0{width}d}-of-{n:0{width}d}"

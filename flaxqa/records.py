@@ -32,6 +32,7 @@ import numpy as np
 from flaxqa import features
 from flaxqa.errors import DataError, TryAgain, UsageError, all_problems
 from flaxqa.features import Example
+from flaxqa.files import local
 
 SUFFIXES = {
     ".jsonl": "jsonl",
@@ -169,6 +170,11 @@ class Plan:
             content["types"],
         )
 
+    def sha256(self) -> str:
+        """A hash of all that decides a part, wherever the inputs lie."""
+        content = {**self.to_json(), "inputs": self.identity()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
     def is_of(self, inputs: Sequence[Input], shard_size: int, unique_ids: bool) -> bool:
         """Whether it was made of the same: the same files by name, size and time."""
         if (shard_size, unique_ids) != (self.shard_size, self.unique_ids):
@@ -210,7 +216,7 @@ def find(names: Sequence[str], *, format: str = "auto", split: str = "train") ->
 
     problems: list[str] = []
     for name in names:
-        path = Path(name)
+        path = local(name)
         if path.is_dir():
             files = below(path, problems)
             if not files:
