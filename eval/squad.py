@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flaxqa import files
 from flaxqa.errors import DataError, TryAgain, all_problems
 from flaxqa.features import Example
 
@@ -66,8 +67,9 @@ def read_json(path: str | Path) -> Any:
     Raises:
       DataError: it cannot be read or is not JSON.
     """
+    file = files.local(path)
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(file.read_bytes())
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

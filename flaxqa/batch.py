@@ -31,13 +31,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaxqa import records
+from flaxqa import records, sources
 from flaxqa.config import PredictConfig
 from flaxqa.errors import DataError, TryAgain, UsageError
 from flaxqa.features import Example
 from flaxqa.parts import SUFFIXES, Entry, Output, Place
 from flaxqa.progress import Progress, Silence
-from flaxqa.records import Columns, Input, Plan, Row, Source
+from flaxqa.records import Columns, Plan
+from flaxqa.sources import Input, Row, Source
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -89,13 +90,15 @@ class Worker:
         self.model = model_name(config, reader)
         self.schema = schema_of(config, plan)
         texts = {field.name for field in self.schema if str(field.type) == "string"}
-        self.text_columns = texts & set(config.keep) if config.format == "parquet" else set()
+        self.texts = texts if config.format == "parquet" else ()
+        # Of the others those of Arrow's types stay what they are.
+        self.untouched = set(self.schema.names) - texts if config.format == "parquet" else ()
 
     def source(self, one: Input) -> Source:
         """The source of an input, kept open: the next shard often goes on where one ended."""
         if one.path not in self.sources:
             self.sources.clear()
-            self.sources[one.path] = records.source_of(one)
+            self.sources[one.path] = sources.source_of(one, self.columns.wanted())
         return self.sources[one.path]
 
     def asked(self, number: int, row: Row) -> Example | str:
@@ -103,12 +106,24 @@ class Worker:
         if number in self.duplicates:
             return f"the id {records.id_of(row, self.columns)!r} came before"
         limit = self.config.max_context_chars
-        return records.example_of(row, self.columns, max_context_chars=limit)
+        example = records.example_of(row, self.columns, max_context_chars=limit)
+        for name in self.config.keep if not isinstance(example, str) else ():
+            try:
+                self.kept(row, name)
+            except ValueError as error:
+                return f"the column {name!r} cannot be kept: {error}"
+        return example
 
     def kept(self, row: Row, name: str) -> Any:
-        """The value of a column that goes into the output."""
+        """The value of a column that goes into the output.
+
+        Raises:
+          ValueError: it cannot be represented there.
+        """
         value = (row.fields or {}).get(name)
-        return as_text(value) if name in self.text_columns else value
+        if name not in self.untouched:
+            value = sources.plain_value(value)
+        return as_text(value) if name in self.texts else value
 
     def run(
         self,
@@ -252,7 +267,7 @@ class Part:
         """The bytes of the part's file: those of one version of pyarrow are always the same."""
         names = self.worker.schema.names
         if self.worker.config.format == "jsonl":
-            lines = (json.dumps(dict(zip(names, row, strict=True)), default=as_plain)
+            lines = (sources.to_json(dict(zip(names, row, strict=True)), as_plain)
                      for row in self.records)  # fmt: skip
             return "".join(f"{line}\n" for line in lines).encode()
         import pyarrow as pa
@@ -276,7 +291,7 @@ def error_line(row: Row, reason: str) -> bytes:
         "reason": reason,
         "row": row.as_text(),
     }
-    return json.dumps(told).encode() + b"\n"
+    return sources.to_json(told, sources.shown).encode() + b"\n"
 
 
 def as_span(one: Answer) -> dict[str, Any]:
@@ -288,7 +303,7 @@ def as_text(value: Any) -> str | None:
     """A value of any type as the text that a column of text has: JSON, but for text itself."""
     if value is None or isinstance(value, str):
         return value
-    return json.dumps(value, default=as_plain)
+    return sources.to_json(value, as_plain)
 
 
 def as_plain(value: Any) -> Any:
@@ -409,6 +424,7 @@ def load_reader(config: PredictConfig) -> Reader:
 
 def inputs_of(config: PredictConfig) -> list[Input]:
     found = records.find(config.input, format=config.input_format, split=config.split)
+    records.refuse_inside(config.input, found, config.output)
     return [
         dataclasses.replace(one, sha256=config.data_revision) if one.format == "hub" else one
         for one in found

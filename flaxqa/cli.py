@@ -340,6 +340,7 @@ def run(argv: list[str]) -> int:
         print(importlib.metadata.version("flaxqa"))
         return 0
     command = parse(argv)
+    refuse_urls(command)
     if isinstance(command, Ask):
         return ask(command)
     if isinstance(command, Score):
@@ -355,6 +356,18 @@ def run(argv: list[str]) -> int:
     if isinstance(command, Report):
         return write_report(command)
     return evaluate(command.evaluation)
+
+
+def refuse_urls(command: Any) -> None:
+    """Raises: UsageError: something that is read or written is a URL."""
+    paths = getattr(command, "PATHS", ("model",))
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        if dataclasses.is_dataclass(value):
+            refuse_urls(value)
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, Path) or (isinstance(one, str) and field.name in paths):
+                files.local(one)
 
 
 def parse(argv: list[str]) -> Any:

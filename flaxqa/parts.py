@@ -208,13 +208,13 @@ class Output:
                 if self.share is not None:
                     raise UsageError("--restart is for a run that is alone")
                 self.remove_all()
-            before, planned = self.read(RUN), self.read(PLAN)
+            before, planned = self.read(RUN), self.read_plan()
             if before is None and (strangers := sorted(self.directory.glob("part-*"))):
                 raise UsageError(
                     f"{self.directory} has {strangers[0].name} but no {RUN}: it is of another "
                     "program, or what is left of a run; choose another directory"
                 )
-            plan = make_plan(Plan.from_json(planned) if planned is not None else None)
+            plan = make_plan(planned)
             run = describe(plan)
             key = checksum(run)
             asked = before and {name: before[name] for name in before.keys() - {"run_key", "plan"}}
@@ -225,11 +225,11 @@ class Output:
                 )
                 raise UsageError(all_problems(where, changes))
             whole = {"run_key": key, "plan": plan.sha256(), **run}
-            if before is not None and before["plan"] != whole["plan"]:
+            if before is not None and before.get("plan") != whole["plan"]:
                 raise DataError(
                     f"{self.path(PLAN)} is not the plan of {RUN}; --restart begins anew"
                 )
-            if plan.to_json() != planned:
+            if planned is None or plan != planned:
                 files.write_whole(self.path(PLAN), sealed(plan.to_json()))
             if before is None:
                 files.write_whole(self.path(RUN), sealed(whole))
@@ -246,10 +246,10 @@ class Output:
         Raises:
           UsageError: there is none.
         """
-        run, planned = self.read(RUN), self.read(PLAN)
-        if run is None or planned is None:
+        run, plan = self.read(RUN), self.read_plan()
+        if run is None or plan is None:
             raise UsageError(f"{self.directory} has no run")
-        plan, suffix = Plan.from_json(planned), SUFFIXES[run["output"]["format"]]
+        suffix = SUFFIXES[run["output"]["format"]]
         if plan.sha256() != run["plan"]:
             raise DataError(f"{self.path(PLAN)} is not the plan of {RUN}; --restart begins anew")
         self.place = Place(self.directory, plan, run["run_key"], suffix)
@@ -267,6 +267,16 @@ class Output:
         if (found := unsealed(content)) is None:
             raise DataError(f"{path} is damaged; --restart begins anew")
         return found
+
+    def read_plan(self) -> Plan | None:
+        """The plan of the run that is there."""
+        planned = self.read(PLAN)
+        try:
+            return None if planned is None else Plan.from_json(planned)
+        except (LookupError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.path(PLAN)} is of another version; --restart begins anew"
+            ) from error
 
     def remove_all(self) -> None:
         """Removes what an earlier run wrote.

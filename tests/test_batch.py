@@ -886,3 +886,37 @@ def test_a_config_file_says_the_same(source, undisturbed, tmp_path):
     assert contents(tmp_path / "out") == contents(undisturbed)
     config.write_text('input = "a"\nshards = 3\n')
     assert run_cli("--config", config) == 2
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_kept_values_that_python_does_not_have(tmp_path, rows, format):
+    from test_records import strange_columns
+
+    asked = {name: [row[name] for row in rows[:2]] for name in ("id", "question", "context")}
+    columns = strange_columns()
+    del columns["text"]
+    columns["number"] = pa.array([1.5, float("nan")])
+    table = pa.table(asked | columns)
+    pq.write_table(table, tmp_path / "a.parquet")
+    keep = tuple(columns)
+    config = configured(tmp_path / "a.parquet", tmp_path / "out", format=format, keep=keep,
+                        max_errors=1.0)  # fmt: skip
+    summary = batch.predict(config)
+    if format == "parquet":  # they go as they came
+        found = table_of(tmp_path / "out").select(list(keep))
+        assert found.schema.types == [columns[name].type for name in keep]
+        assert [column.to_pylist() if name == "number" else column.cast(pa.int64()).to_pylist()
+                for name, column in zip(keep, found.columns, strict=True) if name in
+                ("late", "long")] == [[0, 253_402_300_800 * 1_000_000], [0, 2**62]]  # fmt: skip
+        return
+    assert (summary.answered, summary.set_aside) == (0, 2)  # there is no such time zone
+    lines = (tmp_path / "out" / "errors.jsonl").read_text().splitlines()
+    assert all("cannot be kept" in json.loads(line)["reason"] for line in lines)
+    plain = dataclasses.replace(config, keep=("late", "number"), output=str(tmp_path / "plain"))
+    assert batch.predict(plain).answered == 2
+    (part,) = (tmp_path / "plain").glob("part-*")
+    assert "NaN" not in part.read_text()
+    first, second = map(json.loads, part.read_text().splitlines())
+    assert first["late"] == "1970-01-01 00:00:00.000000"
+    assert second["late"] == "10000-01-01 00:00:00.000000"
+    assert second["number"] is None

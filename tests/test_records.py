@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flaxqa import records
+from flaxqa import records, sources
 from flaxqa.errors import DataError, TryAgain, UsageError
 from flaxqa.features import Example
-from flaxqa.records import Columns, Plan, Row
+from flaxqa.records import Columns, Plan
+from flaxqa.sources import Row
 
 
 def record(number, **more):
@@ -140,8 +141,8 @@ def test_a_line_that_cannot_be_read_is_told_of_and_the_others_are_read(tmp_path,
 
 
 def test_a_line_that_is_too_long_is_one_bad_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LONGEST_LINE", 1_000)
-    monkeypatch.setattr(records, "BLOCK", 300)
+    monkeypatch.setattr(sources, "LONGEST_LINE", 1_000)
+    monkeypatch.setattr(sources, "BLOCK", 300)
     for name, size in (("long", 5_000), ("just", 999), ("even", 1_000)):
         path = tmp_path / f"{name}.jsonl"
         long = json.dumps(record(1, context="x" * 900)).ljust(size - 1)
@@ -442,3 +443,120 @@ def test_a_streamed_data_set_is_cut_like_a_file(monkeypatch):
     for shard in (0, 1, 2, 1):
         found = [row.fields for _, row in records.rows_of(plan, shard)]
         assert found == rows[10 * shard : 10 * shard + 10]
+
+
+HEADER = "id,question,context\n"
+
+
+def csv_rows(path, text):
+    path.write_text(HEADER + text)
+    return [(row.line, row.fields and row.fields["id"], row.reason) for _, row in every_row(
+        planned(path, size=7))]  # fmt: skip
+
+
+GOOD = [f'{i},who {i}?,"he, {i}"\n' for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    "broken", ['x,"who?,no end\n', 'x,who?,"no end\n', '"x\n', 'x,"a"b,c\n', 'x,"two\nlines,c\n']
+)
+@pytest.mark.parametrize("at", [0, 7, 30])
+def test_a_quote_that_is_not_closed_is_one_bad_line(tmp_path, broken, at):
+    found = csv_rows(tmp_path / "a.csv", "".join([*GOOD[:at], broken, *GOOD[at:]]))
+    assert [name for _, name, reason in found if reason is None] == [str(i) for i in range(30)]
+    bad = [(line, reason) for line, _, reason in found if reason is not None]
+    assert len(bad) == broken.count("\n")
+    assert bad[0][0] == at + 2
+
+
+def test_a_quote_that_is_closed_lines_later_is_one_record(tmp_path):
+    found = csv_rows(tmp_path / "a.csv", 'x,who?,"one\ntwo\n\nfour"\n' + GOOD[0])
+    assert found == [(2, "x", None), (6, "0", None)]
+
+
+def test_an_open_quote_before_megabytes_costs_no_more_than_reading_them(tmp_path):
+    lines = 'x,"open\n' * 3 + "1,who?,he\n" * 300_000
+    found = csv_rows(tmp_path / "a.csv", lines)
+    assert len(found) == 300_003
+    assert [line for line, _, reason in found if reason] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_column_twice_is_refused(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        path.write_text("id,question,context,question\n1,a,b,c\n")
+    else:
+        arrays = [pa.array([text]) for text in "1abc"]
+        names = ["id", "question", "context", "question"]
+        pq.write_table(pa.Table.from_arrays(arrays, names=names), path)
+    with pytest.raises(UsageError, match="has the column 'question' twice"):
+        planned(path)
+
+
+def strange_columns():
+    """Of two rows, the second with what Python's types do not have."""
+    late = pa.array([0, 253_402_300_800 * 1_000_000], pa.int64())
+    offsets = pa.py_buffer(np.array([0, 2, 4], np.int32))
+    bad_text = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"ok\xff\xfe")])
+    return {
+        "late": late.view(pa.timestamp("us")),
+        "nowhere": late.view(pa.timestamp("us", tz="Mars/Olympus")),
+        "long": pa.array([0, 2**62], pa.int64()).view(pa.duration("s")),
+        "text": bad_text,
+        "nested": pa.StructArray.from_arrays([late.view(pa.timestamp("us"))], names=["at"]),
+    }
+
+
+@pytest.fixture
+def strange(tmp_path):
+    asked = {name: [f"{name} {i}" for i in range(2)] for name in ("id", "question", "context")}
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table(asked | strange_columns()), path, store_schema=True)
+    return path
+
+
+def test_columns_that_nobody_asks_for_are_not_read(strange):
+    wanted = Columns().wanted()
+    rows = records.rows_of(planned(strange), 0, lambda one: sources.source_of(one, wanted))
+    assert [row.fields.keys() for _, row in rows] == [set(wanted)] * 2
+
+
+@pytest.mark.parametrize("name", ["late", "nowhere", "long", "text", "nested"])
+def test_a_value_that_python_does_not_have_is_arrows(strange, name):
+    columns = Columns(keep=(name,))
+    plan = planned(strange, columns=columns)
+    read = records.rows_of(plan, 0, lambda one: sources.source_of(one, columns.wanted()))
+    first, second = (row for _, row in read)
+    assert first.reason is None
+    json.dumps(second.as_text())  # it can be told of
+    if name == "text":
+        assert second.fields is None
+        assert "the column 'text' cannot be read" in second.reason
+    else:
+        assert second.fields[name].type == pq.read_schema(strange).field(name).type
+
+
+@pytest.mark.parametrize("wrong", [5, None, "text", [1], 1.5])
+def test_what_is_no_record_is_set_aside_and_the_rest_is_read(tmp_path, wrong):
+    good = record(1)
+    (tmp_path / "list.json").write_text(json.dumps([good, wrong, record(2)]))
+    qas = [{"id": "1", "question": "who?"}, wrong, {"id": "2", "question": "what?"}]
+    data = [
+        wrong,
+        {"paragraphs": [wrong, {"context": "it", "qas": qas}, {"context": "it", "qas": wrong}]},
+    ]
+    (tmp_path / "squad.json").write_text(json.dumps({"data": data}))
+    for name, places in {"list.json": [1], "squad.json": [0, 1, 3, 5]}.items():
+        rows = [row for _, row in every_row(planned(tmp_path / name))]
+        asked = [records.example_of(row, Columns(), max_context_chars=100) for row in rows]
+        assert [i for i, one in enumerate(asked) if isinstance(one, str)] == places
+        for place in places:
+            assert rows[place].fields is None
+            json.dumps(rows[place].as_text())
+
+
+def test_numbers_that_json_does_not_have_are_null():
+    told = sources.to_json({"a": [float("nan"), 1.5], "b": (float("inf"), {"c": -float("inf")})},
+                           repr)  # fmt: skip
+    assert json.loads(told) == {"a": [None, 1.5], "b": [None, {"c": None}]}
