@@ -44,7 +44,8 @@ MODULE_NAMES = {
     },
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-JSON_LIMIT = 64 << 20  # bytes; bert-base-uncased's tokenizer.json has 0.7 MB
+JSON_LIMIT = 16 << 20  # bytes; bert-base-uncased's tokenizer.json has 0.7 MB
+VOCABULARY_LIMIT = 8 << 20  # bytes; that of BERT for a hundred languages has 1 MB
 # Settings of tokenizer_config.json, and what the tokenizer calls them.
 NORMALIZER = {
     "do_lower_case": "lowercase",
@@ -133,7 +134,10 @@ def load_directory(directory: Path, commit: str | None, dtype: DTypeLike) -> Che
 
 
 def checked_dtype(dtype: DTypeLike) -> np.dtype:
-    name = jnp.dtype(dtype).name if not isinstance(dtype, str) else dtype
+    try:
+        name = jnp.dtype(dtype).name if not isinstance(dtype, str) else dtype
+    except TypeError as error:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}") from error
     if name not in DTYPES:
         raise UsageError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     if name == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
@@ -222,7 +226,9 @@ def fetch(repo_id: str, revision: str | None) -> tuple[Path, str]:
 def read_json(directory: Path, name: str) -> dict[str, Any]:
     path = weights.inside(directory, name)
     if path.stat().st_size > JSON_LIMIT:
-        raise ModelRejected(f"{path} has {path.stat().st_size:,} bytes, more than any real one")
+        raise ModelRejected(
+            f"{path} has {path.stat().st_size:,} bytes, more than the {JSON_LIMIT:,} that are read"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -261,6 +267,8 @@ def load_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
     if (kind := content.get("tokenizer_class")) not in TOKENIZER_CLASSES:
         raise ModelRejected(f"{directory / names[0]}: tokenizer_class {kind!r} is not computed")
     path = weights.inside(directory, "vocab.txt")
+    if (size := path.stat().st_size) > VOCABULARY_LIMIT:
+        raise ModelRejected(f"{path} has {size:,} bytes, more than {VOCABULARY_LIMIT:,}")
     try:
         tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import pickletools
@@ -36,6 +37,7 @@ Value = TypeVar("Value")
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 MSGPACK, HDF5 = "flax_model.msgpack", "tf_model.h5"
 SHARDED = SAFETENSORS + ".index.json"
+HEADER_LIMIT = 4 << 20  # bytes of names and places; DistilBERT's are 10 kB
 FORMATS = (SAFETENSORS, SHARDED, MSGPACK, HDF5, TORCH)
 
 # What other frameworks call the arrays that PyTorch calls `weight` and `bias`.
@@ -105,7 +107,13 @@ def inside(directory: Path, name: str) -> Path:
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise ModelRejected(f"{directory}: {name!r} is not a bare file name")
     root, path = directory.resolve(), directory / name
-    target = path.resolve()
+    try:
+        target = path.resolve()
+        target.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # a link to itself, a name of no system
+        raise ModelRejected(f"{directory}: {name[:200]!a} cannot be read: {error}") from error
     allowed = [root]
     if root.parent.name == "snapshots":  # the hub cache keeps files in blobs and links to them
         allowed.append(root.parent.parent / "blobs")
@@ -150,6 +158,10 @@ def renamed(tensors: Iterable[tuple[str, np.ndarray]]) -> Tensors:
 
 
 def read_safetensors(path: Path) -> Tensors:
+    with path.open("rb") as start:
+        header = int.from_bytes(start.read(8), "little")
+    if HEADER_LIMIT < header < path.stat().st_size:
+        raise ModelRejected(f"{path} has a header of {header:,} bytes, more than {HEADER_LIMIT:,}")
     try:
         with safetensors.safe_open(path, "numpy") as file:
             layout = (file.metadata() or {}).get("format")
@@ -171,6 +183,8 @@ def read_safetensors(path: Path) -> Tensors:
 
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor name to file name, out of `model.safetensors.index.json`."""
+    if (size := index.stat().st_size) > HEADER_LIMIT:
+        raise ModelRejected(f"{index} has {size:,} bytes, more than {HEADER_LIMIT:,}")
     try:
         names = json.loads(index.read_bytes())["weight_map"]
         if not all(isinstance(file, str) for file in names.values()):
@@ -241,12 +255,13 @@ class View:
     strides: tuple[int, ...]
 
     def read(self, flat: np.ndarray) -> np.ndarray:
-        last = self.offset + sum(
-            (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
-        )
-        size: int = math.prod(self.shape)
-        if size > len(flat) or (size and last >= len(flat)):
+        if self.offset + math.prod(self.shape) > len(flat):
             raise ValueError(f"a tensor of shape {self.shape} reaches past its storage")
+        expected = 1  # the elements lie one after the other, in whatever order of the axes
+        for stride, size in sorted(zip(self.strides, self.shape, strict=True)):
+            if size != 1 and stride != expected and expected:
+                raise ValueError(f"a tensor of shape {self.shape} skips or shares elements")
+            expected *= size
         steps = tuple(stride * flat.itemsize for stride in self.strides)
         return np.lib.stride_tricks.as_strided(
             flat[self.offset :], self.shape, steps, writeable=False
@@ -496,15 +511,21 @@ def read_hdf5(path: Path) -> Tensors:
 
     try:
         with h5py.File(path, "r") as file:
-            return from_kernels((keras_path(name), array) for name, array in datasets(file, set()))
+            headers: set[int] = set()
+            found = dict(datasets(file, headers))
+            extents = [(*extent, name) for name, (extent, _) in found.items()]
+            refuse_overlaps(extents + [(address, address + 1, "a header") for address in headers])
+            return from_kernels((keras_path(name), array) for name, (_, array) in found.items())
     except ModelRejected:
         raise
     except Exception as error:
         raise ModelRejected(f"{path} is not an HDF5 file of weights: {error}") from error
 
 
-def datasets(group: Any, seen: set[int]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every data set below the group, read; only what lies plainly in this file, once.
+def datasets(
+    group: Any, seen: set[int]
+) -> Iterator[tuple[str, tuple[tuple[int, int], np.ndarray]]]:
+    """Every data set below the group, with where its bytes are; only what lies in this file, once.
 
     `seen` are the addresses met so far: with hard links, a small file can hold a group 2^40 times.
     """
@@ -528,9 +549,20 @@ def datasets(group: Any, seen: set[int]) -> Iterator[tuple[str, np.ndarray]]:
                 raise ModelRejected(
                     f"{group.file.filename}: {where} is not a plain array of floats"
                 )
-            yield where, item[()]
+            offset = item.id.get_offset()
+            if item.nbytes and offset is None:
+                raise ModelRejected(f"{group.file.filename}: {where} is stored in its header")
+            yield where, ((offset or 0, (offset or 0) + item.nbytes), item[()])
         else:
             raise ModelRejected(f"{group.file.filename}: {where} is neither group nor data set")
+
+
+def refuse_overlaps(extents: list[tuple[int, int, str]]) -> None:
+    """Raises: ValueError: two of (first byte, the one after the last, name) share bytes."""
+    there = sorted(one for one in extents if one[0] < one[1])
+    for (_, end, name), (begin, _, other) in itertools.pairwise(there):
+        if begin < end:
+            raise ValueError(f"{name[:200]} and {other[:200]} have bytes in common")
 
 
 def keras_path(name: str) -> tuple[str, ...]:

@@ -467,3 +467,77 @@ def test_interpreting_ends_where_the_pickle_does():
     file = io.BytesIO(pickle.dumps({"a": (1, 2.5, "x", None, True)}, 2) + b"rest")
     assert weights.interpret(file) == {"a": (1, 2.5, "x", None, True)}
     assert file.read() == b"rest"
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((4, 3), (1, 1)), ((4, 3), (3, 3)), ((4, 3), (6, 1)), ((4, 3), (0, 1)), ((6,), (2,)),
+     ((2, 3), (3, 2)), ((1, 6), (1, 2))],
+)  # fmt: skip
+def test_strides_that_share_or_skip_elements_are_refused(shape, strides):
+    storage = weights.Storage("0", np.dtype(np.float32), 64)
+    with pytest.raises(ValueError, match="skips or shares elements"):
+        weights.View(storage, 0, shape, strides).read(np.zeros(64, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((4, 3), (3, 1)), ((4, 3), (1, 4)), ((2, 3, 4), (4, 8, 1)), ((1, 6), (99, 1)), ((), ()),
+     ((0, 3), (3, 1)), ((6, 1), (1, 0))],
+)  # fmt: skip
+def test_dense_strides_in_any_order_are_read(shape, strides):
+    torch = pytest.importorskip("torch")
+    flat = np.arange(64, dtype=np.float32)
+    got = weights.View(weights.Storage("0", flat.dtype, 64), 5, shape, strides).read(flat)
+    wanted = torch.as_strided(torch.from_numpy(flat), shape, strides, 5)
+    np.testing.assert_array_equal(got, wanted.numpy())
+
+
+def moved_data(content, offset, to):
+    """An HDF5 file whose data set at an address is said to lie at another."""
+    address, other = offset.to_bytes(8, "little"), to.to_bytes(8, "little")
+    assert content.count(address) == 1
+    return content.replace(address, other)
+
+
+def test_a_data_set_that_points_into_another_is_refused(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / weights.HDF5
+    with h5py.File(path, "w") as file:
+        for name in ("one", "two"):
+            file.create_dataset(f"bert/{name}/kernel:0", data=np.ones((8, 8), np.float32))
+        offsets = [file[f"bert/{name}/kernel:0"].id.get_offset() for name in ("one", "two")]
+        header = h5py.h5o.get_info(file["bert/one"].id).addr
+    content = path.read_bytes()
+    assert weights.read_hdf5(path).keys() == {"bert.one.weight", "bert.two.weight"}
+    for to in (offsets[0], offsets[0] + 64, header):
+        path.write_bytes(moved_data(content, offsets[1], to))
+        with pytest.raises(ModelRejected, match="have bytes in common"):
+            weights.read_hdf5(path)
+
+
+def test_names_and_places_have_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "HEADER_LIMIT", 1_000)
+    many = {f"a{number}": np.zeros(1, np.float32) for number in range(100)}
+    safetensors.numpy.save_file(many, tmp_path / weights.SAFETENSORS)
+    with pytest.raises(ModelRejected, match="has a header of 5,.* bytes, more than 1,000"):
+        weights.read(tmp_path)
+    (tmp_path / weights.SAFETENSORS).rename(tmp_path / "x.safetensors")
+    index = {"weight_map": dict.fromkeys(many, "x.safetensors")}
+    (tmp_path / weights.SHARDED).write_text(json.dumps(index))
+    with pytest.raises(ModelRejected, match="more than 1,000"):
+        weights.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["\ud800.safetensors", "n" * 300, "loop"])
+def test_a_shard_of_a_name_that_no_system_has_is_refused(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / weights.SHARDED).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelRejected, match="cannot be read"):
+        weights.read(tmp_path)
+
+
+def test_weights_that_are_a_link_to_themselves_are_refused(tmp_path):
+    (tmp_path / weights.SAFETENSORS).symlink_to(weights.SAFETENSORS)
+    with pytest.raises(ModelRejected, match="cannot be read"):
+        weights.read(tmp_path)
