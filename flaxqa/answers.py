@@ -29,10 +29,11 @@ from typing import Any
 import numpy as np
 
 from flaxqa.features import Example, Feature, Windows
-from flaxqa.spans import Found, Logits, Pairs, Rule, Scores, Spans
+from flaxqa.spans import WINDOWS_AT_ONCE, Found, Logits, Pairs, Rule, Scores, Spans
 
 N_BEST = 20
 MAX_ANSWER_LENGTH = 30  # tokens
+Rows = slice | np.ndarray  # of the windows of a table
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -167,52 +168,68 @@ class Table:
         self.null = np.full(len(examples), np.inf)
         np.minimum.at(self.null, self.example, null)
 
-    @functools.cached_property
-    def may_end(self) -> np.ndarray:
-        """bool [W, T], the context tokens."""
+    def blocks(self, rows: np.ndarray | None = None) -> Iterator[Rows]:
+        """All windows, or some, not too many at a time, for the arrays of many are large."""
+        for begin in range(0, len(self.windows) if rows is None else len(rows), WINDOWS_AT_ONCE):
+            part = slice(begin, begin + WINDOWS_AT_ONCE)
+            yield part if rows is None else rows[part]
+
+    def may_end(self, rows: Rows) -> np.ndarray:
+        """bool [rows, T], the context tokens."""
         column = np.arange(self.scores.start.shape[1])
-        inside: np.ndarray = (column >= self.begin[:, None]) & (column < self.stop[:, None])
+        begin, stop = self.begin[rows, None], self.stop[rows, None]
+        inside: np.ndarray = (column >= begin) & (column < stop)
         return inside
 
-    @functools.cached_property
-    def may_start(self) -> np.ndarray:
-        """bool [W, T], the context tokens that may begin an answer (see `Feature.counts`)."""
-        if not self.windows.counts:
-            return self.may_end
-        may_start = self.may_end.copy()
-        for row, counts in self.windows.counts.items():
-            may_start[row, self.may_end[row]] = counts
+    def may_start(self, rows: Rows) -> np.ndarray:
+        """bool [rows, T], the context tokens that may begin an answer (see `Feature.counts`)."""
+        may_start = self.may_end(rows)
+        for place, row in enumerate(np.arange(len(self.windows))[rows].tolist()):
+            if (counts := self.windows.counts.get(row)) is not None:
+                may_start[place, may_start[place]] = counts
         return may_start
 
-    @functools.cached_property
-    def start(self) -> np.ndarray:
-        """[W, T], the start logits where an answer may begin, else -inf."""
-        return np.where(self.may_start, self.scores.start, -np.inf)
+    def start(self, rows: Rows) -> np.ndarray:
+        """[rows, T], the start logits where an answer may begin, else -inf."""
+        may = self.may_start(rows) if self.windows.counts else self.may_end(rows)
+        return np.where(may, self.scores.start[rows], -np.inf)
 
-    @functools.cached_property
-    def end(self) -> np.ndarray:
-        """[W, T], the end logits where an answer may end, else -inf."""
-        return np.where(self.may_end, self.scores.end, -np.inf)
+    def end(self, rows: Rows) -> np.ndarray:
+        """[rows, T], the end logits where an answer may end, else -inf."""
+        return np.where(self.may_end(rows), self.scores.end[rows], -np.inf)
 
     def search(self, rule: Rule) -> Found:
         """The best spans of each window by a rule."""
+        return joined(self.search_block(rule, rows) for rows in self.blocks())
+
+    def search_block(self, rule: Rule, rows: Rows) -> Found:
         if isinstance(rule, Spans):
-            return rule.find(self.start, self.end, np)
-        scores = self.scores
-        return rule.find(scores.start, scores.end, self.may_start, self.may_end, np)
+            return rule.find(self.start(rows), self.end(rows), np)
+        start, end = self.scores.start[rows], self.scores.end[rows]
+        return rule.find(start, end, self.may_start(rows), self.may_end(rows), np)
 
     def log_normalizer(self, logits: np.ndarray) -> np.ndarray:
         """Of each example the log of the summed exponentials over its context tokens and [CLS]s."""
-        weighed = self.may_end.copy()
-        weighed[:, 0] = True
         peak = np.full(len(self.examples), -np.inf)
-        highest = logits.max(axis=1, where=weighed, initial=-np.inf)
-        np.maximum.at(peak, self.example, highest)
-        # Nothing is computed of the rest, which is most of a table.
-        powers = np.zeros(logits.shape)
-        np.subtract(logits, peak[self.example, None], out=powers, where=weighed, dtype=np.float64)
-        np.exp(powers, out=powers, where=weighed)
-        return self.summed(powers.sum(axis=1), peak)
+        for rows in self.blocks():
+            highest = logits[rows].max(axis=1, where=self.weighed(rows), initial=-np.inf)
+            np.maximum.at(peak, self.example[rows], highest)
+        sums = np.zeros(len(logits))
+        for rows in self.blocks():
+            # Nothing is computed of the rest, which is most of a table.
+            weighed, part = self.weighed(rows), logits[rows]
+            powers = np.zeros(part.shape)
+            own = peak[self.example[rows], None]
+            np.subtract(part, own, out=powers, where=weighed, dtype=np.float64)
+            np.exp(powers, out=powers, where=weighed)
+            sums[rows] = powers.sum(axis=1)
+        return self.summed(sums, peak)
+
+    def weighed(self, rows: Rows) -> np.ndarray:
+        """bool [rows, T], the context tokens and [CLS]."""
+        weighed = self.may_end(rows)
+        weighed[:, 0] = True
+        return weighed
 
     def joined(self, logs: np.ndarray) -> np.ndarray:
         """Of each example the same, from that of each window alone."""
@@ -341,7 +358,10 @@ def decode_spans(
             width = np.maximum(offsets[:, 1] - offsets[:, 0], 1)
             covered = (offsets[:, 0] < last.end) & (offsets[:, 0] + width > last.start)
             taken[row, table.begin[row] : table.stop[row]] |= covered
-        free = free_spans(table.start[active], table.end[active], taken[active], max_answer_length)
+        free = joined(
+            free_spans(table.start(rows), table.end(rows), taken[rows], max_answer_length)
+            for rows in table.blocks(active)
+        )
         # Rows that are not asked any more have nothing.
         shape = (2, len(features), 1)
         next_best = Found(*np.zeros(shape, int), *np.full(shape, -np.inf))
@@ -350,6 +370,14 @@ def decode_spans(
         for index, answer in table.answers(next_best, 1, align_to_words):
             found[index].append(answer)
     return found
+
+
+def joined(parts: Iterable[Found]) -> Found:
+    """What was found in blocks of windows, one after the other."""
+    first, *others = parts
+    if not others:
+        return first
+    return Found(*(np.concatenate(each) for each in zip(first, *others, strict=True)))
 
 
 def overlapping_spans(

@@ -484,8 +484,31 @@ class Reader:
         ]
         pairs = zip(examples, reasons, strict=True)
         asked = [one for one, reason in pairs if reason is None and isinstance(one, Example)]
-        windows = self.windows_of(asked, known)
+        try:
+            windows = self.windows_of(asked, known)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            asked = self.without_panics(examples, reasons)
+            windows = self.windows_of(asked)
         return Prepared(reasons, asked, windows, time.perf_counter() - began)
+
+    def without_panics(
+        self, examples: Sequence[Example | str], reasons: list[str | None]
+    ) -> list[Example]:
+        """The examples that the tokenizer can take; of the others the reason is noted."""
+        asked = []
+        for index, example in enumerate(examples):
+            if reasons[index] is not None or isinstance(example, str):
+                continue
+            try:
+                self.windows_of([example])
+                asked.append(example)
+            except BaseException as error:
+                if not is_panic(error):
+                    raise
+                reasons[index] = f"the tokenizer fails: {error}"
+        return asked
 
     def decode(
         self, prepared: Prepared, scores: Sequence[Logits], decode: Decoder
@@ -544,6 +567,11 @@ def chunks(
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether the tokenizer's library gave up, by what is no Exception of Python's."""
+    return type(error).__name__ == "PanicException"
 
 
 def check_counts(**counts: Any) -> None:

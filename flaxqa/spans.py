@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 Table = Any  # [W, T], an array of numpy or of jax.numpy
+WINDOWS_AT_ONCE = 2_048  # of which arrays besides their logits are made
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -218,9 +219,12 @@ class Scores(Sequence[Logits]):
 
     def finite(self) -> np.ndarray:
         """bool [W], whether all logits of a window are numbers and not infinite."""
-        outside = np.arange(self.start.shape[1]) >= self.lengths[:, None]
-        both = np.isfinite(self.start) & np.isfinite(self.end)
-        fine: np.ndarray = (both | outside).all(axis=1)
+        fine = np.zeros(len(self), np.bool_)
+        for begin in range(0, len(self), WINDOWS_AT_ONCE):
+            rows = slice(begin, begin + WINDOWS_AT_ONCE)
+            outside = np.arange(self.start.shape[1]) >= self.lengths[rows, None]
+            both = np.isfinite(self.start[rows]) & np.isfinite(self.end[rows])
+            fine[rows] = (both | outside).all(axis=1)
         return fine
 
     def __len__(self) -> int:

@@ -11,6 +11,8 @@ import numpy as np
 import tokenizers
 
 TEXTS_AT_ONCE = 32
+PIECE = 1 << 16  # characters that the library is given at once of a long text
+PIECES_AT_ONCE = 8
 SEPARATOR = "[SEP]"
 
 
@@ -84,16 +86,56 @@ def place(
     """
     distinct, before = dict.fromkeys(texts), known or {}
     new = [text for text in distinct if text not in before]
+    long = [text for text in new if len(text) > PIECES_AT_ONCE * PIECE]
+    if long and never_looks_across_spaces(tokenizer):
+        new = [text for text in new if len(text) <= PIECES_AT_ONCE * PIECE]
+        fresh = {text: in_pieces(tokenizer, text) for text in long}
+    else:
+        fresh = {}
     encodings = tokenizer.encode_batch(new, add_special_tokens=False)
-    fresh = {
-        text: Tokens(np.array(encoding.ids, np.int32), encoding)
-        for text, encoding in zip(new, encodings, strict=True)
-    }
+    for text, encoding in zip(new, encodings, strict=True):
+        fresh[text] = Tokens(np.array(encoding.ids, np.int32), encoding)
     tokens = {text: fresh[text] if text in fresh else before[text] for text in distinct}
     if known is not None:
         known.clear()
         known.update(tokens)
     return tokens
+
+
+def in_pieces(tokenizer: tokenizers.Tokenizer, text: str) -> Tokens:
+    """The tokens of a text that is cut at spaces, for the library takes 250 bytes a character.
+
+    The same as of the whole text, by a tokenizer that never looks across spaces.
+    """
+    bounds = [0]
+    while (begin := bounds[-1]) < len(text):
+        end = begin + PIECE
+        if end < len(text):
+            # Other white space may be nothing to the tokenizer, and what is around it one word.
+            at = max(text.rfind(" ", begin, end), text.rfind("\n", begin, end))
+            after = [place for space in " \n" if (place := text.find(space, end)) >= 0]
+            end = at if at >= 0 else min(after, default=len(text) - 1)
+            end += 1
+        bounds.append(min(end, len(text)))
+    ids: list[np.ndarray] = []
+    offsets: list[np.ndarray] = []
+    words: list[np.ndarray] = []
+    word = 0
+    for group in range(0, len(bounds) - 1, PIECES_AT_ONCE):
+        begins = bounds[group : group + PIECES_AT_ONCE + 1]
+        texts = [text[begin:end] for begin, end in itertools.pairwise(begins)]
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+        for begin, encoding in zip(begins, encodings, strict=False):
+            piece = Tokens(np.array(encoding.ids, np.int32), encoding)
+            ids.append(piece.ids)
+            offsets.append(piece.places.offsets + np.int32(begin))
+            words.append(piece.places.words + np.int32(word))
+            word = int(words[-1][-1]) + 1 if len(piece.ids) else word
+    columns = []
+    for parts in (offsets, words, ids):  # one after the other, each without its parts
+        columns.append(np.concatenate(parts))
+        parts.clear()
+    return Tokens(columns[2], None, Places(*columns[:2]))
 
 
 def identify(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> dict[str, np.ndarray]:
@@ -104,6 +146,10 @@ def identify(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> dict[str,
     """
     distinct = list(dict.fromkeys(texts))
     at_once = TEXTS_AT_ONCE if never_looks_across_spaces(tokenizer) else 1
+    long = [text for text in distinct if at_once > 1 and len(text) > PIECES_AT_ONCE * PIECE]
+    if long:
+        found = {text: in_pieces(tokenizer, text).ids for text in long}
+        return found | identify(tokenizer, (text for text in distinct if text not in found))
     alone = [text for text in distinct if SEPARATOR in text] if at_once > 1 else []
     others = [text for text in distinct if SEPARATOR not in text] if at_once > 1 else distinct
     groups = [[text] for text in alone]

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import struct
 
@@ -209,7 +210,7 @@ BROKEN = {
         lambda f: (f / "tokenizer.json").unlink(), "neither tokenizer.json nor vocab.txt"),
     "tokenizer truncated": (cut("tokenizer.json", 300), "tokenizer.json is not JSON"),
     "tokenizer empty": (
-        lambda f: (f / "tokenizer.json").write_text("{}"), "is not a tokenizer"),
+        lambda f: (f / "tokenizer.json").write_text("{}"), "its model is 'None', not WordPiece"),
     "tokenizer template": (swapped_template, "does not make"),
     "tokenizer without [UNK]": (without_unknown, r"it has no \[UNK\]"),
     "tokenizer vocab twice": (vocab_twice, "1 tokens twice"),
@@ -543,4 +544,83 @@ def test_safetensors_of_another_framework_are_refused_by_name(folder, tensors, l
 
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": layout})
     with pytest.raises(ModelRejected, match=f"in the layout of {layout!r}"):
+        checkpoint.load(folder)
+
+
+def changed(**parts):
+    """Another part of tokenizer.json, or a change of its model."""
+
+    def act(content):
+        others = {name: part for name, part in parts.items() if name != "model"}
+        return content | others | {"model": content["model"] | parts.get("model", {})}
+
+    return act
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1_000}
+SPLIT = {
+    "type": "Split",
+    "pattern": {"Regex": "((a+)+)+!"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (changed(normalizer=REPLACE), "its normalizer is 'Replace'"),
+        (changed(normalizer={"type": "Sequence", "normalizers": [REPLACE] * 3}),
+         "its normalizer has 'Replace'"),
+        (changed(normalizer={"type": "Sequence", "normalizers": [{"type": "Sequence"}]}),
+         "its normalizer has 'Sequence'"),
+        (changed(normalizer={"type": "BertNormalizer", "lowercase": "yes"}), "'lowercase'"),
+        (changed(pre_tokenizer=SPLIT), "its pre_tokenizer is 'Split', not BertPreTokenizer"),
+        (changed(pre_tokenizer=BYTES), "its pre_tokenizer is 'ByteLevel'"),
+        (changed(pre_tokenizer=None), "its pre_tokenizer is 'None'"),
+        (changed(post_processor=BYTES), "its post_processor is 'ByteLevel'"),
+        (changed(post_processor=[1]), "its post_processor is no object"),
+        (changed(decoder={"type": "Fuse"}), "its decoder is 'Fuse'"),
+        (changed(model={"type": "BPE"}), "its model is 'BPE', not WordPiece"),
+        (changed(model={"type": ["WordPiece"]}), "its model is"),
+        (changed(model={"max_input_chars_per_word": 10**12}), "max_input_chars_per_word"),
+        (changed(model={"vocab": ["a"]}), "its model has 'vocab'"),
+        (changed(added_tokens=[{"id": 3, "content": "new"}]), "the ids from 0 on, each once"),
+        (changed(added_tokens=[{"id": 2, "content": "[SEP]"}]), "an added token and another"),
+        (changed(added_tokens=[{"id": 3}]), "an added token has no text"),
+    ],
+)  # fmt: skip
+def test_what_is_not_berts_tokenizer_is_refused_before_the_library_has_it(
+    folder, monkeypatch, change, told
+):
+    import tokenizers
+
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    monkeypatch.delattr(tokenizers.Tokenizer, "from_str")
+    with pytest.raises(ModelRejected, match=re.escape(told)):
+        checkpoint.load(folder)
+
+
+def test_two_tokens_of_one_id_are_refused(folder):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"][VOCAB[-1]] -= 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(ModelRejected, match="do not have the ids from 0 on, each once"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("dtype", [5, "float8", [], "int32", object])
+def test_what_is_no_dtype_is_refused(folder, dtype):
+    with pytest.raises(UsageError, match="is not one of float32"):
+        checkpoint.load(folder, dtype=dtype)
+
+
+def test_a_vocabulary_has_a_limit(folder, monkeypatch):
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(VOCAB))
+    monkeypatch.setattr(checkpoint, "VOCABULARY_LIMIT", 100)
+    with pytest.raises(ModelRejected, match=r"vocab.txt has \d+ bytes, more than 100"):
         checkpoint.load(folder)

@@ -401,3 +401,24 @@ def test_the_collector_is_left_as_it_was(reader):
         assert gc.get_freeze_count() > 10_000
     finally:
         gc.unfreeze()
+
+
+def test_a_panic_of_the_tokenizer_is_an_error_of_its_row(reader, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    real = features.make
+
+    def make(examples, *args, **options):
+        if any("boom" in example.question for example in examples):
+            raise PanicException("called `Result::unwrap()`")
+        return real(examples, *args, **options)
+
+    monkeypatch.setattr(features, "make", make)
+    rows = [("who?", "It is Bob."), ("boom?", "It is Bob."), ("", "x"), ("what?", "It is Bob.")]
+    found = list(reader.answers(rows))
+    assert [one.error for one in found] == [
+        None, "the tokenizer fails: called `Result::unwrap()`", "the question is empty", None,
+    ]  # fmt: skip
+    assert found[0]
+    assert found[3]

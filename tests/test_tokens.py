@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from eval import squad
 from flaxqa import checkpoint
+from flaxqa import tokens as library
 from flaxqa.tokens import Tokens, identify, never_looks_across_spaces, place
 
 TOKENIZER = checkpoint.load_tokenizer(QUICKSTART / "checkpoint")[0]
@@ -99,3 +100,21 @@ def test_a_context_is_tokenized_once():
     second = place(TOKENIZER, ["Who?", "Bob."], known)
     assert second["Bob."] is first["Bob."]
     assert list(known) == ["Who?", "Bob."]
+
+
+@settings(max_examples=500, deadline=None)
+@given(TEXTS, st.integers(1, 12), st.integers(1, 3))
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(text, piece, at_once):
+    (whole,) = place(TOKENIZER, [text]).values()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "PIECE", piece)
+        patch.setattr(library, "PIECES_AT_ONCE", at_once)
+        (parts,) = place(TOKENIZER, [text]).values()
+        ids = identify(TOKENIZER, [text, "who"])
+    assert (parts.encoding is None) == (len(text) > piece * at_once)
+    assert parts.ids.tolist() == ids[text].tolist() == whole.ids.tolist()
+    np.testing.assert_array_equal(parts.places.offsets, whole.places.offsets)
+    # The numbers of words may differ, not which tokens are of one.
+    for one in (parts, whole):
+        assert (np.diff(one.places.words) >= 0).all()
+    np.testing.assert_array_equal(np.diff(parts.places.words) > 0, np.diff(whole.places.words) > 0)
