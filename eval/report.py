@@ -56,7 +56,7 @@ def read(directory: str | Path) -> Run:
     def content(name: str) -> Any:
         try:
             return json.loads((directory / name).read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{directory / name} is not JSON: {error}") from error
         except OSError as error:
             raise DataError(f"{directory / name} cannot be read: {error.strerror}") from error
@@ -528,9 +528,29 @@ def write(runs: Sequence[Run], path: str | Path) -> None:
 
     Raises:
       UsageError: the path is a directory, a URL, or below a file.
+      DataError: a run's results cannot be shown; says which.
       TryAgain: the place cannot be written.
     """
     path = files.local(path)
     if not path.exists():
         files.writable_directory(path.parent)
-    files.write_named(path, page(runs).encode())
+    try:
+        content = page(runs)
+    except ImportError:
+        raise
+    except Exception as error:  # damage shows in as many ways as there are columns
+        raise DataError(
+            f"the results in {culprit(runs)} are damaged, or of another version: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    files.write_named(path, content.encode())
+
+
+def culprit(runs: Sequence[Run]) -> str:
+    """The name of the first run that cannot be shown by itself."""
+    for run in runs:
+        try:
+            page([run])
+        except Exception:
+            return run.name
+    return " and ".join(run.name for run in runs)

@@ -67,11 +67,12 @@ def read_json(path: str | Path) -> Any:
     Raises:
       DataError: it cannot be read or is not JSON.
     """
-    file = files.local(path)
     try:
-        return json.loads(file.read_bytes())
+        content = files.read_named(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return json.loads(content)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:

@@ -31,9 +31,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaxqa import records, sources
+from flaxqa import features, records, sources
 from flaxqa.config import PredictConfig
-from flaxqa.errors import DataError, TryAgain, UsageError
+from flaxqa.errors import DataError, TryAgain, UsageError, check_counts, check_shares
 from flaxqa.features import Example
 from flaxqa.parts import SUFFIXES, Entry, Output, Place
 from flaxqa.progress import Progress, Silence
@@ -153,7 +153,7 @@ class Worker:
                     for number, row in records.rows_of(self.plan, shard, self.source)
                 )
                 chunk = None
-                for some in reader.chunks(rows, size_of=lambda pair: reader.characters(pair[1])):
+                for some in reader.chunks(rows, size_of=lambda pair: features.characters(pair[1])):
                     chunk = Chunk(shard, some)
                     under_way.append(chunk)
                     yield [example for _, example in some]
@@ -533,8 +533,6 @@ def finalize(directory: str | Path) -> Summary:
 
 def check(config: PredictConfig, share: tuple[int, int] | None) -> None:
     """Refuses options that cannot be."""
-    from flaxqa.reader import check_counts, check_shares
-
     if not config.input:
         raise UsageError("there is no INPUT: give files, folders, patterns or a hub data set")
     counts = ("shard_size", "max_context_chars", "top_k", "max_answer_length")

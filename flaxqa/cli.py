@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import threading
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -315,21 +316,45 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 ENDED = {signal.SIGINT: "stopped", signal.SIGTERM: "terminated"}
+LATER = 0.02  # seconds
 
 
-def end(signal_number: int, frame: Any) -> NoReturn:
+def end(signal_number: int, frame: types.FrameType | None) -> None:
     """Ends the process as by an exception, and two seconds later if that one was lost.
 
-    Python drops what is raised inside a destructor or a callback of the garbage collector, of which
-    JAX has one. Files are written whole, so an end without clean-up loses nothing.
+    Where an exception would be dropped, or would end a library in the middle of its start, the
+    signal comes again a little later. Files are written whole, so an end without clean-up loses
+    nothing.
     """
+    if not ENDING:
+        print(f"flaxqa: {ENDED[signal.Signals(signal_number)]}", file=sys.stderr, flush=True)
+        certain = threading.Timer(2.0, os._exit, (128 + signal_number,))
+        certain.daemon = True
+        certain.start()
+        ENDING.append(signal_number)
+    if not may_raise(frame):
+        again = threading.Timer(LATER, os.kill, (os.getpid(), signal_number))
+        again.daemon = True
+        again.start()
+        return
     for number in ENDED:
         signal.signal(number, signal.SIG_IGN)
-    print(f"flaxqa: {ENDED[signal.Signals(signal_number)]}", file=sys.stderr, flush=True)
-    certain = threading.Timer(2.0, os._exit, (128 + signal_number,))
-    certain.daemon = True
-    certain.start()
     sys.exit(128 + signal_number)
+
+
+ENDING: list[int] = []  # the signal that came
+
+
+def may_raise(frame: types.FrameType | None) -> bool:
+    """Whether an exception from there reaches `main`: not out of an import or the collector."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith("<frozen importlib") or code.co_name == "_xla_gc_callback":
+            return False
+        if code is main.__code__:
+            return True
+        frame = frame.f_back
+    return False  # the process is ending already
 
 
 def run(argv: list[str]) -> int:
@@ -520,7 +545,7 @@ def read_context(command: Ask) -> str:
                     file=sys.stderr,
                 )
             return sys.stdin.buffer.read().decode()
-        return command.context_file.read_bytes().decode()
+        return files.read_named(command.context_file).decode()
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -14,8 +14,8 @@ Two ways of cutting a context that does not fit one window, by name:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
 import tokenizers
@@ -194,6 +194,45 @@ def lone_surrogate(text: str) -> int | None:
     except UnicodeEncodeError as error:
         return error.start
     return None
+
+
+def as_example(record: Any) -> Example | str:
+    """The question and the context of a record, or why it has none."""
+    names = ("question", "context")
+    if type(record) is dict:  # as nearly all are
+        question, context = record.get("question"), record.get("context")
+        if type(question) is str and type(context) is str:
+            return Example("", question, context)
+    if isinstance(record, Example):
+        record = {name: getattr(record, name) for name in names}
+    elif isinstance(record, (tuple, list)) and len(record) == 2:
+        record = dict(zip(names, record, strict=True))
+    if not isinstance(record, Mapping):
+        return f"the record is {type(record).__name__}, not a mapping, a pair or an Example"
+    texts = []
+    for name in names:
+        try:
+            text = record[name]
+        except KeyError:
+            return f"the record has no {name}"
+        except Exception as error:  # whatever the mapping does: a row never ends a stream
+            return f"the {name} cannot be read: {error!r}"
+        if not isinstance(text, str):
+            return f"the {name} is {type(text).__name__}, not a string"
+        texts.append(text)
+    return Example("", *texts)
+
+
+def characters(example: Example | str) -> int:
+    """How much text an example has; none if it is the reason why there is none."""
+    return 0 if isinstance(example, str) else len(example.question) + len(example.context)
+
+
+def why_not_text(name: str, text: Any) -> str | None:
+    """Why this cannot be a question or a context, or None."""
+    if not isinstance(text, str):
+        return f"the {name} is {type(text).__name__}, not a string"
+    return why_unanswerable(Example("", **{"question": "?", "context": ".", name: text}))
 
 
 def make(

@@ -21,11 +21,34 @@ def local(name: str | Path) -> Path:
     """The path that a name stands for.
 
     Raises:
-      UsageError: it is a URL, which nothing here reads or writes.
+      UsageError: it is a URL, which nothing here reads or writes, or no system has such a name.
     """
     if URL.match(str(name)):
         raise UsageError(f"{name} is a URL: only local files and folders are read and written")
-    return Path(name)
+    path = Path(name)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # who reads or writes it will say more
+    except (OSError, ValueError) as error:  # too long, a link to itself, no text
+        told = getattr(error, "strerror", None) or error
+        raise UsageError(f"{str(name)[:100]!a} cannot be read or written: {told}") from error
+    return path
+
+
+def read_named(name: str | Path) -> bytes:
+    """The content of a file that the user named, or of a pipe that this process was given.
+
+    Raises:
+      UsageError: it is neither.
+      OSError: it cannot be read.
+    """
+    path = local(name)
+    given = str(name).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (given and stat.S_ISFIFO(mode))):
+        raise UsageError(f"{name} is no file: a FIFO, a device or a socket")
+    return path.read_bytes()
 
 
 def write_named(name: str | Path, content: bytes) -> None:

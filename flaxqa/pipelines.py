@@ -20,10 +20,10 @@ import tokenizers
 from flaxqa import answers, checkpoint, features, predict
 from flaxqa.checkpoint import Checkpoint
 from flaxqa.devices import use_compilation_cache
-from flaxqa.errors import DataError, ModelRejected, UsageError, all_problems
+from flaxqa.errors import DataError, ModelRejected, UsageError, all_problems, check_counts
 from flaxqa.features import Example
 from flaxqa.model import QuestionAnsweringModel
-from flaxqa.reader import NOT_FINITE, RECORDS_PER_CHUNK, check_counts, chunks
+from flaxqa.reader import NOT_FINITE, RECORDS_PER_CHUNK, chunks
 from flaxqa.tokens import Tokens
 
 TASK = "question-answering"

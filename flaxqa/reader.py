@@ -25,7 +25,14 @@ from flaxqa import answers, checkpoint, features, predict
 from flaxqa.answers import Answer, Answers, Decoder, NotFinite
 from flaxqa.checkpoint import Checkpoint
 from flaxqa.devices import default_dtype, old_objects_left_alone, use_compilation_cache
-from flaxqa.errors import DataError, ModelRejected, UsageError
+from flaxqa.errors import (
+    DataError,
+    ModelRejected,
+    UsageError,
+    check_counts,
+    check_integers,
+    check_shares,
+)
 from flaxqa.features import Example, Windows
 from flaxqa.spans import Logits
 from flaxqa.tokens import Tokens
@@ -168,6 +175,9 @@ class Reader:
         **devices: Any,
     ):
         """See `load`; `devices` are the other options of `flaxqa.predict.Predictor`."""
+        check_integers(
+            max_length=max_length, doc_stride=doc_stride, batch_tokens=devices.get("batch_tokens")
+        )
         if max_length is None:
             max_length = min(MAX_LENGTH, loaded.config.max_position_embeddings)
         if doc_stride is None:
@@ -255,8 +265,8 @@ class Reader:
         )
 
         def stream() -> Iterator[Answers]:
-            read = ((record, as_example(record)) for record in records)
-            came = chunks(read, chunk_size, size_of=lambda pair: characters(pair[1]))
+            read = ((record, features.as_example(record)) for record in records)
+            came = chunks(read, chunk_size, size_of=lambda pair: features.characters(pair[1]))
             # A chunk of one record is for those who wait for its answer.
             together = ((chunk,) for chunk in came) if chunk_size == 1 else (came,)
             for some in together:
@@ -320,7 +330,7 @@ class Reader:
         Raises:
           DataError: the question is blank, or has a lone surrogate.
         """
-        if (reason := why_not_text("question", question)) is not None:
+        if (reason := features.why_not_text("question", question)) is not None:
             raise DataError(reason)
         if isinstance(contexts, str):
             raise UsageError("contexts are an iterable of strings; for one there is answer()")
@@ -572,56 +582,3 @@ def chunks(
 def is_panic(error: BaseException) -> bool:
     """Whether the tokenizer's library gave up, by what is no Exception of Python's."""
     return type(error).__name__ == "PanicException"
-
-
-def check_counts(**counts: Any) -> None:
-    """Refuses what is not an integer of at least 1."""
-    for name, value in counts.items():
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise UsageError(f"{name} is {value!r}, it must be an integer of at least 1")
-
-
-def check_shares(**shares: Any) -> None:
-    """Refuses what is neither None nor a number from 0 to 1."""
-    for name, value in shares.items():
-        if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
-            raise UsageError(f"{name} is {value!r}, it must be a number from 0 to 1")
-
-
-def as_example(record: Any) -> Example | str:
-    """The question and the context of a record, or why it has none."""
-    names = ("question", "context")
-    if type(record) is dict:  # as nearly all are
-        question, context = record.get("question"), record.get("context")
-        if type(question) is str and type(context) is str:
-            return Example("", question, context)
-    if isinstance(record, Example):
-        record = {name: getattr(record, name) for name in names}
-    elif isinstance(record, (tuple, list)) and len(record) == 2:
-        record = dict(zip(names, record, strict=True))
-    if not isinstance(record, Mapping):
-        return f"the record is {type(record).__name__}, not a mapping, a pair or an Example"
-    texts = []
-    for name in names:
-        try:
-            text = record[name]
-        except KeyError:
-            return f"the record has no {name}"
-        except Exception as error:  # whatever the mapping does: a row never ends a stream
-            return f"the {name} cannot be read: {error!r}"
-        if not isinstance(text, str):
-            return f"the {name} is {type(text).__name__}, not a string"
-        texts.append(text)
-    return Example("", *texts)
-
-
-def characters(example: Example | str) -> int:
-    """How much text an example has; none if it is the reason why there is none."""
-    return 0 if isinstance(example, str) else len(example.question) + len(example.context)
-
-
-def why_not_text(name: str, text: Any) -> str | None:
-    """Why this cannot be a question or a context, or None."""
-    if not isinstance(text, str):
-        return f"the {name} is {type(text).__name__}, not a string"
-    return features.why_unanswerable(Example("", **{"question": "?", "context": ".", name: text}))

@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 
 TEXTS_AT_ONCE = 32
-PIECE = 1 << 16  # characters that the library is given at once of a long text
+PIECE = 1 << 14  # characters that the library is given at once of a long text
 PIECES_AT_ONCE = 8
 SEPARATOR = "[SEP]"
 
@@ -117,9 +117,8 @@ def in_pieces(tokenizer: tokenizers.Tokenizer, text: str) -> Tokens:
             end = at if at >= 0 else min(after, default=len(text) - 1)
             end += 1
         bounds.append(min(end, len(text)))
-    ids: list[np.ndarray] = []
-    offsets: list[np.ndarray] = []
-    words: list[np.ndarray] = []
+    # Grown in place, where many small arrays would leave the allocator as many holes.
+    ids, offsets, words = bytearray(), bytearray(), bytearray()
     word = 0
     for group in range(0, len(bounds) - 1, PIECES_AT_ONCE):
         begins = bounds[group : group + PIECES_AT_ONCE + 1]
@@ -127,15 +126,13 @@ def in_pieces(tokenizer: tokenizers.Tokenizer, text: str) -> Tokens:
         encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
         for begin, encoding in zip(begins, encodings, strict=False):
             piece = Tokens(np.array(encoding.ids, np.int32), encoding)
-            ids.append(piece.ids)
-            offsets.append(piece.places.offsets + np.int32(begin))
-            words.append(piece.places.words + np.int32(word))
-            word = int(words[-1][-1]) + 1 if len(piece.ids) else word
-    columns = []
-    for parts in (offsets, words, ids):  # one after the other, each without its parts
-        columns.append(np.concatenate(parts))
-        parts.clear()
-    return Tokens(columns[2], None, Places(*columns[:2]))
+            if len(piece.ids):
+                ids += piece.ids.tobytes()
+                offsets += (piece.places.offsets + np.int32(begin)).tobytes()
+                words += (piece.places.words + np.int32(word)).tobytes()
+                word += int(piece.places.words[-1]) + 1
+    columns = [np.frombuffer(column, np.int32) for column in (ids, offsets, words)]
+    return Tokens(columns[0], None, Places(columns[1].reshape(-1, 2), columns[2]))
 
 
 def identify(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> dict[str, np.ndarray]:

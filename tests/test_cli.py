@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from conftest import QUICKSTART, ROOT, SHARED
 
 MODEL = str(QUICKSTART / "checkpoint")
+HELDOUT = str(QUICKSTART / "heldout.json")
 CONTEXT = "The mayor of Berton is Bob Adsen. The mayor of Lolt is Mira Well."
 QUESTION = "Who is the mayor of Lolt?"
 
@@ -327,3 +329,87 @@ def test_ask_can_say_that_there_is_no_answer():
     result = json.loads(done.stdout)
     assert result["answers"] == []
     assert 0 < result["no_answer_score"] < 1
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.25, 0.35, 0.5, 0.7, 1.0])
+def test_sigterm_while_libraries_load_is_no_traceback(seconds):
+    command = [sys.executable, "-m", "flaxqa.cli", "ask", "--model", MODEL, "--question", QUESTION]
+    process = subprocess.Popen(
+        [*command, "--context", CONTEXT * 2_000], stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    time.sleep(seconds)
+    process.terminate()
+    _, told = process.communicate(timeout=20)
+    # Before flaxqa's own handler is there the system's ends the process.
+    assert (process.returncode, told) in [(143, "flaxqa: terminated\n"), (-signal.SIGTERM, "")]
+
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", LONG, "--model", MODEL, "--output", "out"],
+        ["predict", HELDOUT, "--model", LONG, "--output", "out"],
+        ["predict", HELDOUT, "--model", MODEL, "--output", LONG],
+        ["eval", "--model", MODEL, "--data", LONG, "--output", "out"],
+        ["eval", "--model", MODEL, "--data", HELDOUT, "--output", LONG],
+        ["report", LONG],
+        ["score", LONG, LONG],
+        ["export", "--model", MODEL, "--format", "onnx", "--output", LONG],
+        ["ask", "--model", MODEL, "--question", "who?", "--context-file", LONG],
+        ["eval", "--config", LONG],
+    ],
+)
+def test_a_name_that_no_system_has_is_told_in_one_line(arguments, tmp_path, monkeypatch, capsys):
+    from flaxqa import cli
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert "File name too long" in line
+    assert len(line) < 250
+
+
+@pytest.mark.parametrize("name", ["fifo", "/dev/zero"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "NAME", "--model", MODEL, "--output", "out"],
+        ["eval", "--model", MODEL, "--data", "NAME", "--output", "out"],
+        ["score", "NAME", HELDOUT],
+        ["score", HELDOUT, "NAME"],
+        ["ask", "--model", MODEL, "--question", "who?", "--context-file", "NAME"],
+    ],
+)
+def test_what_is_no_file_is_refused_at_once(arguments, name, tmp_path, monkeypatch, capsys):
+    from flaxqa import cli
+
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name if one == "NAME" else one for one in arguments])
+    assert ended.value.code == 2
+    assert re.search(f"{name} is (no|not a) file", capsys.readouterr().err)
+
+
+def test_predictions_come_through_a_pipe_of_the_shell():
+    command = f"{sys.executable} -m flaxqa.cli score {HELDOUT} <(echo '{{}}')"
+    done = subprocess.run(["/bin/bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == '{"exact_match": 0.0, "f1": 0.0}\n'
+
+
+@pytest.mark.parametrize("value", ["384", 1.5, object, [5]])
+def test_a_number_that_is_none_is_refused_by_its_option(value):
+    import flaxqa as package
+    from flaxqa.errors import UsageError
+
+    for name in ("max_length", "doc_stride", "batch_tokens", "devices"):
+        if name == "devices" and isinstance(value, list):
+            continue
+        with pytest.raises(UsageError, match=name):
+            package.load(MODEL, **{name: value})

@@ -214,3 +214,33 @@ def test_a_directory_without_results_is_refused(tmp_path):
     (tmp_path / "comparison.json").write_text("{")
     with pytest.raises(DataError, match=r"comparison.json is not JSON"):
         report.read(tmp_path)
+
+
+def change_of(**parts):
+    return lambda content: {**content, **parts}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_of(backends=None), change_of(backends=[{}]), change_of(backends=["jax"]),
+        change_of(disagreements=5), change_of(disagreements=[{"answers": []}]),
+        change_of(groups=[1]), change_of(machine=None),
+        lambda content: [], lambda content: "a run", lambda content: {},
+    ],
+)  # fmt: skip
+def test_a_damaged_comparison_is_named(tmp_path, content, change):
+    for name, one in {"good": content, "bad": change(content)}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "comparison.json").write_text(json.dumps(one))
+    runs = [report.read(tmp_path / name) for name in ("good", "bad")]
+    with pytest.raises(DataError, match="the results in bad are damaged"):
+        report.write(runs, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "\\xff", '{"a": '])
+def test_results_that_are_no_json_are_named(tmp_path, text):
+    (tmp_path / "comparison.json").write_bytes(text.encode().replace(b"\\xff", b"\xff"))
+    with pytest.raises(DataError, match="comparison.json is not JSON"):
+        report.read(tmp_path)
