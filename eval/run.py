@@ -28,7 +28,7 @@ from typing import Any
 
 from eval import squad
 from eval.config import EvalConfig, Subject
-from flaxqa import answers, files, reader
+from flaxqa import answers, features, files, reader
 from flaxqa.answers import Answer, Answers
 from flaxqa.errors import DataError, TryAgain
 from flaxqa.features import default_question_limit
@@ -178,7 +178,7 @@ def answers_of(
     n = {"spans": "top_k", "squad": "n_best"}[config.decoder]
     options = {n: config.n_best, "max_answer_length": config.max_answer_length}
     decode = answers.Decoder(config.decoder, **options)
-    chunks = reader.chunks(questions, size_of=reader.characters)
+    chunks = reader.chunks(questions, size_of=features.characters)
     return loaded.answer_chunks(chunks, decode, advance)
 
 

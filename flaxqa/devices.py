@@ -21,7 +21,8 @@ from flaxqa.errors import UsageError, check_integers
 
 def local_devices(number: int | Sequence[jax.Device] | None) -> list[jax.Device]:
     """The first `number` devices of this process, or all of them; devices as they are."""
-    check_integers(devices=number if isinstance(number, str | float) else None)
+    if isinstance(number, str) or not isinstance(number, Sequence):
+        check_integers(devices=number)
     if isinstance(number, Sequence):
         return list(number)
     devices = jax.local_devices()
