@@ -1,9 +1,15 @@
 """The C++ library against `flaxqa.inference`, for every instruction set here."""
 
+import ctypes
 import functools
+import json
 import logging
+import platform
+import re
+import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -201,6 +207,10 @@ def test_a_number_that_is_not_finite_stays_so():
         ({"lengths": 301}, "window 4 is not inside the row"),
         ({"lengths": -1}, "window 4 is not inside the row"),
         ({"starts": -1}, "window 4 is not inside the row"),
+        ({"starts": 150}, "window 4 does not begin where the one before it ends"),
+        ({"starts": 157}, "window 4 does not begin where the one before it ends"),
+        ({"lengths": 0}, "window 5 comes after an empty one"),
+        ({"lengths": 30}, "window 5 does not begin where the one before it ends"),
     ],
 )
 def test_what_would_be_read_outside_a_table_is_refused(changes, message):
@@ -253,21 +263,71 @@ def test_the_library_computes_where_it_can_and_xla_elsewhere():
     assert Predictor(small_model(), max_length=64, kernels="xla").instruction_set is None
 
 
-def test_without_the_library_xla_computes_and_a_warning_says_so(monkeypatch, tmp_path, caplog):
+@pytest.fixture
+def copied(monkeypatch, tmp_path):
+    """The folder of the library, to be changed."""
+    for name in (*native.SOURCES, native.LIBRARY.name, native.RECORD.name):
+        shutil.copy(native.FOLDER / name, tmp_path)
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "encoder.so")
+    monkeypatch.setattr(native, "RECORD", tmp_path / "encoder.json")
     native.library.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert Predictor(small_model(), max_length=64).kernels == "xla"
-        assert "not compiled when flaxqa was installed" in caplog.text
-        with pytest.raises(UsageError, match="'native' cannot be used: it was not compiled"):
-            Predictor(small_model(), max_length=64, kernels="native")
-        (tmp_path / "encoder.so").write_text("no library")
-        native.library.cache_clear()
-        assert native.library().instruction_sets == ()
-        assert "encoder.so" in native.library().problem
-    finally:
-        native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+def test_without_the_library_xla_computes_and_a_warning_says_so(copied, caplog):
+    (copied / "encoder.so").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert Predictor(small_model(), max_length=64).kernels == "xla"
+    assert "not compiled when flaxqa was installed" in caplog.text
+    with pytest.raises(UsageError, match="'native' cannot be used: it was not compiled"):
+        Predictor(small_model(), max_length=64, kernels="native")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda f: (f / "encoder.so").write_bytes((f / "encoder.so").read_bytes()[:150_000]),
+         "encoder.so is not what was compiled; install flaxqa again"),
+        (lambda f: (f / "encoder.so").write_text("no library"), "is not what was compiled"),
+        (lambda f: (f / "encoder.json").unlink(), "it was not compiled"),
+        (lambda f: (f / "encoder.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "encoder.json").write_text("{}"), "is not what was compiled"),
+        (lambda f: (f / "encoder.cc").write_text("// new"), "was compiled of other sources"),
+    ],
+)  # fmt: skip
+def test_a_library_that_is_not_whole_or_not_of_these_sources_is_not_loaded(
+    copied, change, told, monkeypatch
+):
+    assert native.why_not_whole() is None
+    change(copied)
+    monkeypatch.setattr(ctypes, "CDLL", None)  # which half a library would end
+    assert native.library().instruction_sets == ()
+    assert told in native.library().problem
+
+
+def test_a_level_of_instructions_is_asked_for_whole():
+    """All that a compiler may use of a level, beyond what every processor of the kind has."""
+    if platform.machine() != "x86_64":
+        pytest.skip("it is about x86-64")
+    asked = {
+        "SSE3", "SSSE3", "FMA", "CRC32", "SSE4_1", "SSE4_2", "MOVBE", "POPCNT", "XSAVE", "AVX", "F16C",
+        "BMI", "BMI2", "AVX2", "LZCNT", "LAHF_SAHF", "AVX512F", "AVX512DQ", "AVX512CD", "AVX512BW",
+        "AVX512VL", "AVX512BF16",
+    }  # fmt: skip
+
+    def features(*options):
+        command = [*build.compiler(), *options, "-dM", "-E", "-x", "c++", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return set(re.findall(r"#define __(\w+)__ 1", done.stdout))
+
+    plain = features("-march=x86-64")
+    for name, options in build.X86.items():
+        used = features(*options) - plain if options else set()
+        # Names of the compiler's that are no feature of the processor.
+        used = {one for one in used if not re.match(r"GCC_|HAVE_|SSP|.*_MATH|EVEX|PRFCHW", one)}
+        assert used <= asked, name
 
 
 def test_a_processor_with_products_of_its_own_for_bfloat16_keeps_xla(monkeypatch):
@@ -279,26 +339,65 @@ def test_a_processor_with_products_of_its_own_for_bfloat16_keeps_xla(monkeypatch
 
 
 def test_it_is_not_compiled_without_a_compiler(monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "LIBRARY", tmp_path / "encoder.so")
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(build.CannotCompile, match="there is no C.. compiler: no-such-compiler"):
-        build.build()
-    monkeypatch.setenv("CXX", "false")  # one that fails at everything
-    with pytest.raises(build.CannotCompile, match="false failed"):
-        build.build()
-    assert not list(tmp_path.iterdir())
+    broken, silent = tmp_path / "broken", tmp_path / "silent"
+    for path, text in ((broken, "no program"), (silent, "#!/bin/sh\nexit 0\n")):
+        path.write_text(text)
+        path.chmod(0o755)
+    for name, told in {
+        "no-such-compiler": "there is no C.. compiler: no-such-compiler",
+        "false": "false failed",  # one that fails at everything
+        str(broken): "broken cannot be run",
+        str(silent): "silent made nothing",
+        "g++ '": "CXX is",
+    }.items():
+        monkeypatch.setenv("CXX", name)
+        with pytest.raises(build.CannotCompile, match=told):
+            build.build(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "silent"]
 
 
-def test_instructions_that_the_compiler_lacks_are_left_out(monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "LIBRARY", tmp_path / "encoder.so")
-    monkeypatch.setattr(
-        build, "INSTRUCTION_SETS", {"portable": [], "avx9000": ["-march=of-tomorrow"]}
-    )
+def test_a_folder_that_cannot_be_written_is_told_of(quick, tmp_path):
+    with pytest.raises(build.CannotCompile, match="No such file or directory"):
+        build.build(tmp_path / "missing")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Compiling what is portable, without optimizing."""
+    monkeypatch.setattr(build, "INSTRUCTION_SETS", {"portable": []})
     monkeypatch.setattr(build, "FLAGS", ["-O0", *build.FLAGS[1:]])
-    library = build.build()
+
+
+def instruction_sets_of(library):
     check = "import ctypes,sys; f=ctypes.CDLL(sys.argv[1]).flaxqa_instruction_sets; "
     check += "f.restype=ctypes.c_char_p; print(f().decode())"
     told = subprocess.run(
         [sys.executable, "-c", check, library], capture_output=True, text=True, check=True
     )
-    assert told.stdout.split() == ["portable"]
+    return told.stdout.split()
+
+
+def test_instructions_that_the_compiler_lacks_are_left_out(quick, monkeypatch, tmp_path):
+    build.INSTRUCTION_SETS["avx9000"] = ["-march=of-tomorrow"]
+    assert instruction_sets_of(build.build(tmp_path)) == ["portable"]
+    record = json.loads((tmp_path / "encoder.json").read_text())
+    assert record["size"] == (tmp_path / "encoder.so").stat().st_size
+
+
+def test_the_compiler_may_be_named_with_options(quick, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "env g++ -DNOTHING='a b'")
+    assert instruction_sets_of(build.build(tmp_path)) == ["portable"]
+
+
+def test_an_editable_installation_says_that_the_old_library_stays(monkeypatch, tmp_path):
+    told = []
+    hook = build.NativeHook.__new__(build.NativeHook)
+    monkeypatch.setattr(build.NativeHook, "app", types.SimpleNamespace(display_warning=told.append))
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    (tmp_path / "encoder.so").write_text("old")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for version in ("editable", "standard"):
+        hook.initialize(version, {})
+        hook.finalize(version, {}, "")
+    assert "encoder.so stays as it was" in told[0]
+    assert "stays" not in told[1]

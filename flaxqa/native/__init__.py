@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +31,9 @@ from flaxqa.inference import Ragged, Weights
 from flaxqa.model import EncoderConfig, QuestionAnsweringModel
 
 PANEL = 32  # kPanel of encoder.h
-LIBRARY = Path(__file__).with_name("encoder.so")
+FOLDER = Path(__file__).parent
+LIBRARY, RECORD = FOLDER / "encoder.so", FOLDER / "encoder.json"
+SOURCES = ("encoder.cc", "encoder.h", "ffi.cc")
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("gelu", "relu")
 
@@ -49,19 +53,37 @@ class Library(NamedTuple):
 @functools.cache
 def library() -> Library:
     """Loads the library into this process, once."""
+    if (problem := why_not_whole()) is not None:
+        return Library((), problem)
     try:
         loaded = ctypes.CDLL(os.fspath(LIBRARY))
         handler = jax.ffi.pycapsule(loaded.flaxqa_forward)
         jax.ffi.register_ffi_target("flaxqa_forward", handler, platform="cpu")
         loaded.flaxqa_instruction_sets.restype = ctypes.c_char_p
         names = loaded.flaxqa_instruction_sets().decode().split()
-    except FileNotFoundError:
-        return Library((), "it was not compiled when flaxqa was installed")
     except Exception as error:  # of the loader, or of XLA when its interface is another
-        missing = not LIBRARY.exists()
-        reason = "it was not compiled when flaxqa was installed" if missing else str(error)
-        return Library((), reason)
+        return Library((), str(error))
     return Library(tuple(names), None)
+
+
+def why_not_whole() -> str | None:
+    """Why the file is not the library that was compiled of these sources, or None.
+
+    Half a library would end the process when it is loaded.
+    """
+    try:
+        content, record = LIBRARY.read_bytes(), json.loads(RECORD.read_bytes())
+        sources = b"".join((FOLDER / name).read_bytes() for name in SOURCES)
+    except FileNotFoundError:
+        return "it was not compiled when flaxqa was installed"
+    except (OSError, ValueError) as error:
+        return f"{LIBRARY.name} cannot be read: {error}"
+    again = "install flaxqa again"
+    if hashlib.sha256(content).hexdigest() != record.get("sha256"):
+        return f"{LIBRARY.name} is not what was compiled; {again}"
+    if hashlib.sha256(sources).hexdigest() != record.get("sources_sha256"):
+        return f"{LIBRARY.name} was compiled of other sources; {again}"
+    return None
 
 
 def why_not(config: EncoderConfig, dtype: DTypeLike) -> str | None:

@@ -7,9 +7,12 @@ installed without; XLA then computes on CPUs, slower.
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import importlib.util
+import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +23,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path(__file__).resolve().parent
-LIBRARY = FOLDER / "encoder.so"
+LIBRARY, RECORD = "encoder.so", "encoder.json"
+SOURCES = ("encoder.cc", "encoder.h", "ffi.cc")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall"]
 X86 = {  # from the slowest to the fastest; each needs what flaxqa/native/ffi.cc asks the processor
     "portable": [],
@@ -35,13 +39,20 @@ class CannotCompile(Exception):
     """Why the library cannot be made."""
 
 
-def compiler() -> str:
-    """The C++ compiler: that of the environment variable CXX, or the first that is there."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+def compiler() -> list[str]:
+    """The C++ compiler: that of the environment variable CXX, or the first that is there.
+
+    CXX may have options: "ccache g++", "g++ -m64".
+    """
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise CannotCompile(f"CXX is {os.environ['CXX']!r}: {error}") from error
+    names = named[:1] or ["c++", "g++", "clang++"]
     found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
         raise CannotCompile(f"there is no C++ compiler: {' or '.join(names)}")
-    return found
+    return [found, *named[1:]]
 
 
 def headers() -> Path:
@@ -54,15 +65,31 @@ def headers() -> Path:
     return folder
 
 
-def build() -> Path:
-    """Compiles LIBRARY and returns it; an instruction set the compiler lacks is left out.
+def sources_sha256() -> str:
+    """A hash of what the library is made of; `flaxqa.native` computes it, too."""
+    content = b"".join((FOLDER / name).read_bytes() for name in SOURCES)
+    return hashlib.sha256(content).hexdigest()
+
+
+def build(target: Path = FOLDER) -> Path:
+    """Compiles LIBRARY into a folder and returns it; without what the compiler does not know.
+
+    RECORD beside it says what the library is, so that half of one, or an old one, is not loaded.
 
     Raises:
-      CannotCompile: there is no compiler, or no jaxlib, or it fails; with what it said.
+      CannotCompile: there is no compiler, or no jaxlib, or it fails, or the folder cannot be
+        written; with what was said.
     """
+    try:
+        return build_in(target)
+    except OSError as error:
+        raise CannotCompile(str(error)) from error
+
+
+def build_in(target: Path) -> Path:
     if sys.platform == "win32":
         raise CannotCompile("Windows is not known to work")
-    command = [compiler(), *FLAGS]
+    command = [*compiler(), *FLAGS]
     include = headers()
     with tempfile.TemporaryDirectory() as folder:
 
@@ -84,25 +111,39 @@ def build() -> Path:
         objects = {isa: path for isa, path in made.items() if isinstance(path, Path)}
         each = " ".join(f"do({isa})" for isa in objects)
         ffi = compiled("ffi.cc", "ffi", "-isystem", str(include), f"-DFLAXQA_EACH_ISA(do)={each}")
-        library = Path(folder) / LIBRARY.name
+        library = Path(folder) / LIBRARY
         parts = map(str, [*objects.values(), ffi])
         run([*command, "-shared", *parts, "-o", str(library)])
+        content = library.read_bytes()
+    record = {
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "sources_sha256": sources_sha256(),
+    }
+    for name, data in ((LIBRARY, content), (RECORD, json.dumps(record).encode() + b"\n")):
         # Renamed into place: a process that has the old one open keeps it.
-        new = LIBRARY.with_suffix(".new")
-        shutil.copyfile(library, new)
-        new.replace(LIBRARY)
-    return LIBRARY
+        new = target / f"{name}.new"
+        new.write_bytes(data)
+        new.replace(target / name)
+    return target / LIBRARY
 
 
 def run(command: list[str]) -> None:
-    """Runs a compiler.
+    """Runs a compiler, whose last argument is the file that it makes.
 
     Raises:
       CannotCompile: it failed; with the end of what it said.
     """
-    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    try:
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, errors="replace"
+        )
+    except OSError as error:
+        raise CannotCompile(f"{command[0]} cannot be run: {error}") from error
     if done.returncode != 0:
-        raise CannotCompile(f"{' '.join(command[:1])} failed: {done.stderr[-2000:]}")
+        raise CannotCompile(f"{command[0]} failed: {done.stderr[-2000:]}")
+    if not Path(command[-1]).is_file():
+        raise CannotCompile(f"{command[0]} made nothing")
 
 
 class NativeHook(BuildHookInterface):
@@ -111,14 +152,28 @@ class NativeHook(BuildHookInterface):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compiles beside the sources for an editable installation, elsewhere for a wheel."""
+        self.folder = tempfile.TemporaryDirectory()
+        editable = version == "editable"
+        target = FOLDER if editable else Path(self.folder.name)
         try:
-            build()
+            build(target)
         except CannotCompile as error:
-            self.app.display_warning(f"without the compiled encoder, slower on CPUs: {error}")
+            kept = editable and (FOLDER / LIBRARY).exists()
+            self.app.display_warning(
+                f"without the compiled encoder, slower on CPUs: {error}"
+                + (f"; {FOLDER / LIBRARY} stays as it was" if kept else "")
+            )
             return
-        build_data["artifacts"].append(str(LIBRARY.relative_to(self.root)))
+        if not editable:
+            inside = FOLDER.relative_to(self.root)
+            for name in (LIBRARY, RECORD):
+                build_data["force_include"][str(target / name)] = str(inside / name)
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        self.folder.cleanup()
 
 
 if __name__ == "__main__":

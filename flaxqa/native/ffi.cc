@@ -3,10 +3,15 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <string_view>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "encoder.h"
 #include "xla/ffi/api/ffi.h"
@@ -32,12 +37,31 @@ const Isa kIsas[] = {
 #define FLAXQA_NAME(isa) {#isa, &isa::compute},
     FLAXQA_EACH_ISA(FLAXQA_NAME)};
 
+#if defined(__x86_64__)
+// Whether the processor says that it has all of some features: bits of what it tells of a leaf.
+bool tells(unsigned leaf, bool ecx, std::initializer_list<int> bits) {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(leaf, 0, &a, &b, &c, &d)) return false;
+  for (int bit : bits)
+    if (((ecx ? c : b) >> bit & 1) == 0) return false;
+  return true;
+}
+#endif
+
+// A compiler that is told x86-64-v3 or v4 uses all of that level, so all of it is asked for, and
+// that the system keeps the registers: __builtin_cpu_supports knows of that, but not of every
+// feature in older compilers.
 bool runs_here(std::string_view isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  bool avx2 =
+      __builtin_cpu_supports("avx2") &&
+      // SSE3, SSSE3, FMA, CMPXCHG16B, SSE4.1, SSE4.2, MOVBE, POPCNT, XSAVE, OSXSAVE, AVX, F16C
+      tells(1, true, {0, 9, 12, 13, 19, 20, 22, 23, 26, 27, 28, 29}) &&
+      tells(7, false, {3, 5, 8}) &&         // BMI1, AVX2, BMI2
+      tells(0x80000001u, true, {0, 5});     // LAHF, LZCNT
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                tells(7, false, {16, 17, 28, 30, 31});  // AVX-512 F, DQ, CD, BW, VL
   if (isa == "avx2") return avx2;
   if (isa == "avx512") return avx512;
   if (isa == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
@@ -217,9 +241,22 @@ ffi::Error forward(ffi::ThreadPool pool, Ids input_ids, Ids token_types, Ids pos
   if (problem.empty() && f.token_types)
     problem = outside("token_types", f.token_type_ids, f.tokens, f.token_types);
   if (!problem.empty()) return refused(problem);
-  for (int64_t w = 0; w < f.windows; w++)
+  // What lies in no window is not computed, so that there is nothing to be read between two.
+  int64_t end = 0;
+  bool ended = false;
+  for (int64_t w = 0; w < f.windows; w++) {
+    std::string called = "window " + std::to_string(w);
     if (f.starts[w] < 0 || f.lengths[w] < 0 || int64_t(f.starts[w]) + f.lengths[w] > f.tokens)
-      return refused("window " + std::to_string(w) + " is not inside the row");
+      return refused(called + " is not inside the row");
+    if (f.lengths[w] == 0) {
+      ended = true;
+    } else if (ended) {
+      return refused(called + " comes after an empty one");
+    } else if (f.starts[w] != end) {
+      return refused(called + " does not begin where the one before it ends");
+    }
+    end += f.lengths[w];
+  }
 
   for (const Isa& one : kIsas)
     if (isa == one.name && runs_here(isa)) {
