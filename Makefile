@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 LOCK := --quiet --universal --python-version 3.11 --no-header --no-emit-index-url \
   --no-emit-find-links --upgrade
 
-.PHONY: help eval test bench bench-gpu precision tpu lint types check lock clean
+.PHONY: help eval test bench bench-gpu precision sanitize fuzz tpu lint types check lock clean
 
 help:
 	@echo "make eval    set up and score the quickstart checkpoint on its held-out questions"
@@ -16,6 +16,8 @@ help:
 	@echo "make bench   set up other engines and measure flaxqa beside them; 20 minutes on 2 cores"
 	@echo "make bench-gpu  the same on this machine's accelerator, beside torch; 8 minutes on an H100"
 	@echo "make precision  what bfloat16 and float8 cost in EM and F1; 8 minutes on 2 cores"
+	@echo "make sanitize  the compiled encoder under sanitizers of memory and threads; 5 minutes"
+	@echo "make fuzz    mutated files of every kind; one minute, or SECONDS=600"
 	@echo "make tpu     set up TPU's compiler and compile flaxqa for chips that are not here; 5 minutes"
 	@echo "make check   set up, lint and check types"
 	@echo "make lock    resolve the locked versions anew (needs uv)"
@@ -39,6 +41,12 @@ SUBJECT = $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 bench-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),.venv/.gpu)
 	$(GPU_PYTHON) -m eval.accelerator $(SUBJECT) --width 768 \
 	  --output benchmarks/$$(date +%Y-%m-%d)-accelerator.json
+
+sanitize: .venv/.test
+	$(BIN)/python tests/sanitize.py
+
+fuzz: .venv/.test
+	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0)
 
 precision: .venv/.run
 	$(BIN)/python -m eval.precision $(SUBJECT) --output runs/precision.json

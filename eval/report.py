@@ -20,6 +20,7 @@ from flaxqa.errors import DataError, UsageError
 SHOWN = 50  # disagreements
 INK, LINE = "#00f0fe", "#00f0ff"  # stand for colours of the page, as #00f000 and on for its series
 NOTHING, MINUS = "\u2013", "\u2212"
+LONGEST = 1_000  # characters of a text
 AROUND = 160  # characters on both sides of an answer
 SERIES = 10
 
@@ -434,6 +435,18 @@ def excerpt(context: str, answers: Sequence[str]) -> list[tuple[str, bool]]:
     return [*pieces, *([(" …", False)] if end < len(context) else [])]
 
 
+def shown(text: str) -> Any:
+    """A text of the data as HTML: not endless, and no mark in it turns what stands around it."""
+    import markupsafe
+
+    return markupsafe.Markup("<bdi>{}</bdi>").format(cut(text))  # which escapes it
+
+
+def cut(text: str) -> str:
+    """The beginning of a text that is too long to be shown."""
+    return text if len(text) <= LONGEST else text[:LONGEST] + " …"
+
+
 def disagreements(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What not all answer alike, as the page shows it."""
     shown = []
@@ -502,6 +515,7 @@ def page(runs: Sequence[Run]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters |= {"shown": shown, "cut": cut}
     compared = [
         {
             "name": run.name,

@@ -149,7 +149,7 @@ def read_toml(path: str | Path, kind: type[Any]) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
     known = typing.get_type_hints(kind)
     known = {field.name: known[field.name] for field in dataclasses.fields(kind)}

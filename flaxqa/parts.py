@@ -127,8 +127,10 @@ class Place:
             else:
                 rows = lines_in(part)
             return rows, lines_in(self.fragment(entry.shard)) if entry.errors_sha256 else 0
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise DataError(f"{entry.part} cannot be read: {error}") from error
+        except OSError as error:
+            raise TryAgain(f"{entry.part} cannot be read: {error}") from error
 
     def is_whole(self, entry: Entry) -> bool:
         """Whether a part and what belongs to it have the bytes that were written."""
@@ -259,14 +261,26 @@ class Output:
         """A sealed file of the directory, None if it is missing."""
         path = self.path(name)
         try:
-            content = path.read_bytes()
+            content = self.content(name)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise TryAgain(f"{path} cannot be read: {error.strerror}") from error
         if (found := unsealed(content)) is None:
             raise DataError(f"{path} is damaged; --restart begins anew")
         return found
+
+    def content(self, name: str) -> bytes:
+        """The bytes of a file of the directory.
+
+        Raises:
+          FileNotFoundError: it is missing.
+          TryAgain: it cannot be read.
+        """
+        try:
+            return self.path(name).read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise TryAgain(f"{self.path(name)} cannot be read: {error.strerror}") from error
 
     def read_plan(self) -> Plan | None:
         """The plan of the run that is there."""
@@ -313,7 +327,7 @@ class Output:
             return set()
         names = {Path(entry.part).stem for entry in self.noted()}
         try:
-            planned = unsealed(self.path(PLAN).read_bytes())
+            planned = unsealed(self.content(PLAN))
         except FileNotFoundError:
             planned = None
         n = len(planned["shards"]) if planned is not None else 0
@@ -359,7 +373,7 @@ class Output:
     def noted(self) -> Iterator[Entry]:
         """The lines of the manifests that are whole."""
         for path in self.manifests():
-            for line in path.read_bytes().splitlines():
+            for line in self.content(path.name).splitlines():
                 if (content := unsealed(line)) is not None:
                     yield Entry(**content)
 
@@ -413,7 +427,7 @@ class Output:
             files.write_joined(self.path(ERRORS), fragments)
         lines = b"".join(line_of(entry) + b"\n" for entry in entries)
         manifests = self.manifests()
-        if manifests != [self.path(MANIFEST)] or manifests[0].read_bytes() != lines:
+        if manifests != [self.path(MANIFEST)] or self.content(MANIFEST) != lines:
             files.write_whole(self.path(MANIFEST), lines)
             for path in manifests:
                 if path.name != MANIFEST:

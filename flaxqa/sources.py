@@ -141,6 +141,12 @@ class Source(abc.ABC):
         """The names of its columns, where all records have the same."""
         return None
 
+    def raise_what_may_pass(self, error: Exception) -> None:
+        """Raises: TryAgain: it is an error of the system, and no damage of the file."""
+        if isinstance(error, OSError) and error.errno:
+            told = error.strerror or error
+            raise TryAgain(f"{self.input.path} cannot be read: {told}") from error
+
     def unreadable(self, line: int, offset: int | None, error: Exception) -> Row:
         """What stands for all that cannot be read from there on."""
         reason = f"the file cannot be read from here on: {error}"
@@ -214,6 +220,7 @@ class Lines(Source):
                     offset, number = offset + size, number + 1
         except (OSError, EOFError, ValueError) as error:  # pyarrow's errors are of these kinds
             self.stream = None
+            self.raise_what_may_pass(error)
             yield Line(offset, number, b"", f"the file cannot be read from here on: {error}")
 
 
@@ -350,8 +357,12 @@ class Parquet(Source):
 
     def places(self) -> Iterator[Run]:
         try:
-            rows = self.file.metadata.num_rows
-        except (OSError, ValueError):
+            metadata = self.file.metadata
+            rows = sum(
+                metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)
+            )
+        except (OSError, ValueError) as error:
+            self.raise_what_may_pass(error)
             rows = 1  # that the file cannot be read
         if rows:
             yield Run(0, 1, rows)
@@ -371,7 +382,7 @@ class Parquet(Source):
 
     def group(self, group: int, size: int, skip: int, before: int) -> Iterator[Row]:
         """The rows of a row group from `skip` on; `before` counts those of the groups before."""
-        at, names = 0, self.columns()
+        at, names, problem = 0, self.columns(), "it is missing"
         if self.wanted is not None and names is not None:
             names = [name for name in names if name in self.wanted]
         try:
@@ -386,9 +397,11 @@ class Parquet(Source):
                 else:
                     at += len(batch)
         except (OSError, ValueError) as error:
-            for place in range(max(at, skip), size):
-                reason = f"the row cannot be read: {error}"
-                yield Row(self.input.name, before + place + 1, None, None, None, reason)
+            self.raise_what_may_pass(error)
+            problem = str(error)
+        for place in range(max(at, skip), size):
+            reason = f"the row cannot be read: {problem}"
+            yield Row(self.input.name, before + place + 1, None, None, None, reason)
 
     def columns(self) -> list[str] | None:
         try:
@@ -477,6 +490,7 @@ class Document(Source):
         except (OSError, EOFError, ValueError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
+            self.raise_what_may_pass(error)
             return [(None, f"the file cannot be read: {error}")]
         if isinstance(content, dict) and isinstance(content.get("data"), list):
             return list(squad_records(content["data"]))

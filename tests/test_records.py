@@ -560,3 +560,17 @@ def test_numbers_that_json_does_not_have_are_null():
     told = sources.to_json({"a": [float("nan"), 1.5], "b": (float("inf"), {"c": -float("inf")})},
                            repr)  # fmt: skip
     assert json.loads(told) == {"a": [None, 1.5], "b": [None, {"c": None}]}
+
+
+def test_rows_that_a_parquet_file_promises_and_has_not_are_told_of(tmp_path, monkeypatch):
+    """As damaged metadata do: each is one record that cannot be read."""
+    path = parquet(tmp_path / "a.parquet", [record(i) for i in range(6)], row_group_size=3)
+    real = pq.ParquetFile.iter_batches
+
+    def fewer(self, *arguments, row_groups, **options):
+        for batch in real(self, *arguments, row_groups=row_groups, **options):
+            yield batch.slice(0, 2) if row_groups == [1] else batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", fewer)
+    rows = [row for _, row in every_row(planned(path, size=4, unique_ids=True))]
+    assert [row.reason for row in rows] == [None] * 5 + ["the row cannot be read: it is missing"]

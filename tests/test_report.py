@@ -244,3 +244,14 @@ def test_results_that_are_no_json_are_named(tmp_path, text):
     (tmp_path / "comparison.json").write_bytes(text.encode().replace(b"\\xff", b"\xff"))
     with pytest.raises(DataError, match="comparison.json is not JSON"):
         report.read(tmp_path)
+
+
+def test_texts_without_an_end_and_marks_of_direction_stay_where_they_are(content):
+    word, turned = "w" * 1_000_000, "\u202e\u2066 turned"
+    one = content["disagreements"][0]
+    one |= {"question": turned, "context": word, "right": [word], "reference": word}
+    one["answers"] = dict.fromkeys(one["answers"], word)
+    made = report.page([report.Run("run", comparison=content)])
+    assert len(made) < 300_000
+    assert f"<bdi>{turned}</bdi>" in made
+    assert "w" * 1_000 + " …</bdi>" in made

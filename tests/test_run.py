@@ -372,6 +372,7 @@ def test_paths_in_a_toml_file_are_relative_to_it(tmp_path):
         ("min_f1 = [1]", "min_f1 is .*, it must be a number"),
         ("model = 7", "model is 7, it must be a string"),
         ("limit =", "is not TOML"),
+        ("a = " + "[" * 5_000, "is not TOML"),
     ],
 )
 def test_a_config_file_that_cannot_be_used_is_refused_by_field(tmp_path, text, message):

@@ -1,5 +1,9 @@
 """What a batch run may remove, what it believes, and where it may write."""
 
+import builtins
+import errno
+import io
+import itertools
 import json
 import os
 import random
@@ -13,7 +17,7 @@ from conftest import QUICKSTART
 from test_batch import MODEL, configured, contents
 
 from eval import squad
-from flaxqa import batch, files, parts, reader
+from flaxqa import batch, files, parts, reader, records
 from flaxqa.errors import DataError, FlaxqaError, TryAgain, UsageError
 
 QUESTIONS = 25
@@ -333,14 +337,14 @@ def test_the_target_of_a_link_is_written(tmp_path):
         assert link.is_symlink()
     link.unlink()
     link.symlink_to(link)
-    with pytest.raises(UsageError, match="cannot be written"):
+    with pytest.raises(UsageError, match="cannot be .*written"):
         files.write_named(link, b"x")
 
 
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(UsageError, match="it is a folder"):
         files.write_named(tmp_path, b"x")
-    with pytest.raises(UsageError, match="cannot be written"):
+    with pytest.raises(UsageError, match="cannot be .*written"):
         files.write_named(tmp_path / ("n" * 300), b"x")
 
 
@@ -394,3 +398,43 @@ def test_urls_are_refused_in_python(source, loaded, tmp_path, monkeypatch):
         with pytest.raises(UsageError, match="is a URL"):
             reader.load(name)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_fault_at_any_opening_of_a_file_is_told_and_resumed_from(
+    source, loaded, finished, tmp_path, monkeypatch, begun
+):
+    """The k-th file of the run or of its input cannot be opened, for every k."""
+    reference, real, faults = contents(finished), io.open, 0
+    for k in itertools.count():
+        output = tmp_path / str(k)
+        if begun:  # it goes on where a part and the end are missing
+            shutil.copytree(finished, output)
+            (output / "part-00003-of-00005.parquet").unlink()
+            (output / "_errors" / "part-00001-of-00005.jsonl").unlink()
+        opened = itertools.count()
+
+        def open_or_fail(file, *arguments, opened=opened, output=output, k=k, **options):
+            ours = str(file).startswith((str(output), str(source)))
+            if ours and next(opened) == k:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+            return real(file, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            for module in (io, builtins):
+                patch.setattr(module, "open", open_or_fail)
+            records.sha256_of.cache_clear()
+            problem = None
+            try:
+                run(source, output, loaded)
+            except TryAgain as error:
+                problem = str(error)
+        faults += problem is not None
+        assert problem is None or "Input/output error" in problem
+        over = next(opened) <= k
+        summary = run(source, output, loaded)
+        assert summary.answered + summary.set_aside == summary.records == QUESTIONS
+        assert contents(output) == reference
+        if over:
+            break
+    assert faults >= 5
