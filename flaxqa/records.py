@@ -27,13 +27,12 @@ from flaxqa.features import Example
 from flaxqa.files import local
 from flaxqa.sources import (
     Input,
-    JsonLines,
     Parquet,
     Row,
     Run,
     Source,
     kind_name,
-    parsed,
+    looks_like_lines,
     source_of,
 )
 
@@ -432,15 +431,6 @@ def hub_commit(one: Input) -> Input:
             f"({type(error).__name__}: {error})"
         ) from error
     return dataclasses.replace(one, sha256=info.sha)
-
-
-def looks_like_lines(one: Input) -> bool:
-    """Whether a .json file has an object on each line, as many of that name do."""
-    first = next(JsonLines(one).lines(0, 1), None)
-    if first is None or first.reason is not None:
-        return False
-    fields, reason = parsed(first.content, first=True)
-    return reason is None and fields is not None and "data" not in fields
 
 
 def state_of(path: str) -> tuple[int, ...] | None:

@@ -259,6 +259,15 @@ def parsed(content: bytes, *, first: bool = False) -> tuple[Mapping[str, Any] | 
     return fields, None
 
 
+def looks_like_lines(one: Input) -> bool:
+    """Whether a .json file has an object on each line, as many of that name do."""
+    first = next(JsonLines(one).lines(0, 1), None)
+    if first is None or first.reason is not None:
+        return False
+    fields, reason = parsed(first.content, first=True)
+    return reason is None and fields is not None and "data" not in fields
+
+
 def kind_name(value: Any) -> str:
     """What JSON calls a value, or Arrow."""
     kinds = {dict: "an object", list: "an array", str: "a string", bool: "a truth value"}

@@ -3,6 +3,8 @@
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -255,3 +257,15 @@ def test_texts_without_an_end_and_marks_of_direction_stay_where_they_are(content
     assert len(made) < 300_000
     assert f"<bdi>{turned}</bdi>" in made
     assert "w" * 1_000 + " …</bdi>" in made
+
+
+def test_a_browser_runs_nothing_of_it(page, tmp_path):
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("there is no chromium")
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("alert(", "document.title=("))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert "<title>flaxqa: " in done.stdout
+    assert "<script" not in done.stdout
