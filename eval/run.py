@@ -146,8 +146,9 @@ def read_data(config: Subject) -> tuple[squad.Data, dict[str, Any]]:
     except OSError as error:  # a name too long, a folder that may not be entered
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if is_file:
-        data = squad.read(path)
-        source["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        content = squad.read_bytes(path)
+        data = squad.parse(squad.loads(content, path), str(path))
+        source["sha256"] = hashlib.sha256(content).hexdigest()
     elif is_there or path.suffix == ".json" or config.data.startswith((".", "/", "~")):
         raise DataError(f"{path} is {'not a file' if is_there else 'missing'}")
     else:

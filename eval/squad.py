@@ -51,26 +51,28 @@ class Data(NamedTuple):
 
 
 def read(path: str | Path) -> Data:
-    """The questions of a SQuAD v1.1 or 2.0 JSON file, in its order.
-
-    It is taken as 2.0 if its version says so, or if a question says whether it `is_impossible`.
-
-    Raises:
-      DataError: the file cannot be read, is not such a file, or has an id twice; names every place.
-    """
-    return parse(read_json(path), str(path))
+    """The questions of a SQuAD v1.1 or 2.0 JSON file, in its order; see `parse`."""
+    return parse(loads(read_bytes(path), path), str(path))
 
 
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file.
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file.
 
     Raises:
-      DataError: it cannot be read or is not JSON.
+      DataError: it cannot be read.
     """
     try:
-        content = files.read_named(path)
+        return files.read_named(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def loads(content: bytes, path: str | Path) -> Any:
+    """JSON, of a file.
+
+    Raises:
+      DataError: it is not JSON.
+    """
     try:
         return json.loads(content)
     except UnicodeDecodeError as error:
@@ -80,7 +82,13 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse(content: Any, where: str) -> Data:
-    """The questions of a parsed SQuAD file; see `read`."""
+    """The questions of a parsed SQuAD file.
+
+    It is taken as 2.0 if its version says so, or if a question says whether it `is_impossible`.
+
+    Raises:
+      DataError: it is not such a file, or has an id twice; names every place.
+    """
     version = content.get("version") if isinstance(content, dict) else None
     v2 = isinstance(version, str) and version.removeprefix("v").startswith("2")
     problems: list[str] = []
@@ -225,7 +233,7 @@ def read_na_probs(path: str | Path) -> dict[str, float]:
 
 
 def read_object(path: str | Path, what: str, kinds: type | tuple[type, ...]) -> dict[str, Any]:
-    content = read_json(path)
+    content = loads(read_bytes(path), path)
     if not isinstance(content, dict):
         raise DataError(f"{path} must be a JSON object of id to {what}")
     problems = [

@@ -22,7 +22,7 @@ import tokenizers
 from flax import nnx
 from jax.typing import DTypeLike
 
-from flaxqa import files, weights
+from flaxqa import files, tokens, weights
 from flaxqa.errors import ModelRejected, TryAgain, UsageError, all_problems
 from flaxqa.model import MODELS, EncoderConfig, QuestionAnsweringModel, read_config
 
@@ -72,6 +72,7 @@ class Checkpoint:
       commit: the 40-digit commit of a hub repository, None for a directory.
       files: what was read, by name.
       ignored: tensors that were left out on purpose, each with the reason.
+      states: of the files before they were read, by name; see `flaxqa.files.state_of`.
     """
 
     model: QuestionAnsweringModel
@@ -81,13 +82,24 @@ class Checkpoint:
     commit: str | None
     files: tuple[str, ...]
     ignored: Mapping[str, str]
+    states: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
 
     def sha256(self) -> dict[str, str]:
-        """The sha256 of every file that was read, by name."""
+        """The sha256 of every file that was read, by name.
+
+        Raises:
+          ModelRejected: one has changed since.
+        """
         hashes = {}
         for name in self.files:
-            with (self.directory / name).open("rb") as file:
-                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            path = self.directory / name
+            try:
+                with path.open("rb") as file:
+                    hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise ModelRejected(f"{path} cannot be read: {error.strerror}") from error
+            if files.state_of(path) != self.states.get(name):
+                raise ModelRejected(f"{path} has changed since it was loaded")
         return hashes
 
 
@@ -115,6 +127,7 @@ def load(
 
 
 def load_directory(directory: Path, commit: str | None, dtype: DTypeLike) -> Checkpoint:
+    states = {path.name: files.state_of(path) for path in directory.iterdir()}
     content = read_json(directory, "config.json")
     try:
         config = read_config(content)
@@ -130,7 +143,7 @@ def load_directory(directory: Path, commit: str | None, dtype: DTypeLike) -> Che
     except ModelRejected as error:
         raise ModelRejected(f"{weight_files[0]}: {error}") from error
     names = ("config.json", *tokenizer_files, *(path.name for path in weight_files))
-    return Checkpoint(model, config, tokenizer, directory, commit, names, ignored)
+    return Checkpoint(model, config, tokenizer, directory, commit, names, ignored, states)
 
 
 def checked_dtype(dtype: DTypeLike) -> np.dtype:
@@ -270,12 +283,12 @@ def load_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
     if (size := path.stat().st_size) > VOCABULARY_LIMIT:
         raise ModelRejected(f"{path} has {size:,} bytes, more than {VOCABULARY_LIMIT:,}")
     try:
-        tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ModelRejected(f"{path} is not UTF-8: {error}") from error
-    vocab = {token.rstrip("\r"): index for index, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        raise ModelRejected(f"{path} has {len(tokens) - len(vocab)} tokens twice")
+    vocab = {token.rstrip("\r"): index for index, token in enumerate(lines)}
+    if len(vocab) != len(lines):
+        raise ModelRejected(f"{path} has {len(lines) - len(vocab)} tokens twice")
     names.append("vocab.txt")
     return bert_tokenizer(vocab, **{NORMALIZER[key]: settings[key] for key in settings}), names
 
@@ -284,7 +297,7 @@ def read_tokenizer(directory: Path, settings: Mapping[str, bool]) -> tokenizers.
     """`tokenizer.json`, without truncation and padding."""
     content = read_json(directory, "tokenizer.json")
     path = directory / "tokenizer.json"
-    if problems := unlike_bert(content):
+    if problems := tokens.unlike_bert(content):
         raise ModelRejected(all_problems(f"{path} is not BERT's tokenizer", problems))
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
@@ -304,84 +317,6 @@ def read_tokenizer(directory: Path, settings: Mapping[str, bool]) -> tokenizers.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-# What each part of `tokenizer.json` may be, and its options with their types.
-FLAG = (bool,)
-NORMALIZERS: dict[str | None, dict[str, tuple[type, ...]]] = {
-    "BertNormalizer": dict.fromkeys(("clean_text", "handle_chinese_chars", "lowercase"), FLAG)
-    | {"strip_accents": (bool, type(None))},
-    **{name: {} for name in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents")},
-}
-PARTS: dict[str, dict[str | None, dict[str, tuple[type, ...]]]] = {
-    "normalizer": {None: {}, **NORMALIZERS, "Sequence": {"normalizers": (list,)}},
-    "pre_tokenizer": {"BertPreTokenizer": {}},
-    "post_processor": {
-        "BertProcessing": {"sep": (list,), "cls": (list,)},
-        "TemplateProcessing": {"single": (list,), "pair": (list,), "special_tokens": (dict,)},
-    },
-    "decoder": {None: {}, "WordPiece": {"prefix": (str,), "cleanup": FLAG}},
-    "model": {
-        "WordPiece": {
-            "unk_token": (str,),
-            "continuing_subword_prefix": (str,),
-            "max_input_chars_per_word": (int,),
-            "vocab": (dict,),
-        }
-    },
-}
-
-
-def unlike_bert(content: Mapping[str, Any]) -> list[str]:
-    """What in `tokenizer.json` is not of BERT's WordPiece tokenizer; empty when all is.
-
-    The library takes any structure, some of which take all memory, or end the process.
-    """
-    problems = []
-    for name, kinds in PARTS.items():
-        part = content.get(name)
-        given = part if isinstance(part, dict) else {}
-        # Files of before 2022 do not say that the model is WordPiece.
-        kind = given.get("type", "WordPiece" if name == "model" and given else None)
-        if part is not None and not isinstance(part, dict):
-            problems.append(f"its {name} is no object")
-        elif not isinstance(kind, str | None) or kind not in kinds:
-            wanted = " or ".join(str(each) for each in kinds if each)
-            problems.append(f"its {name} is {str(kind)[:50]!r}, not {wanted}")
-        else:
-            problems += [
-                f"its {name} has {option[:50]!r}, which is not computed"
-                for option, value in given.items()
-                if option != "type" and type(value) not in kinds[kind].get(option, ())
-            ]
-    several = (content.get("normalizer") or {}).get("normalizers", ()) if not problems else ()
-    for one in several:
-        kind = one.get("type") if isinstance(one, dict) else None
-        if (
-            kind is None
-            or one.keys() - {"type", *NORMALIZERS.get(str(kind), ())}
-            or (str(kind) not in NORMALIZERS)
-        ):
-            problems.append(f"its normalizer has {str(kind)[:50]!r}, which is not computed")
-    if problems:
-        return problems
-    model = content["model"]
-    if model.get("max_input_chars_per_word", 100) not in range(1, 10_001):
-        problems.append("its max_input_chars_per_word is not from 1 to 10,000")
-    ids = dict(model.get("vocab", {}))
-    added = content.get("added_tokens")
-    for token in added if isinstance(added, list) else ():
-        text = token.get("content") if isinstance(token, dict) else None
-        if not isinstance(text, str) or not text or len(text) > 1_000:
-            problems.append("an added token has no text")
-        elif ids.setdefault(text, token.get("id")) != token.get("id"):
-            problems.append(f"{text!a} is an added token and another in the vocabulary")
-    numbers = list(ids.values())
-    if not all(type(number) is int for number in numbers) or (
-        sorted(numbers) != list(range(len(numbers)))
-    ):
-        problems.append(f"its {len(ids):,} tokens do not have the ids from 0 on, each once")
-    return problems
 
 
 def bert_tokenizer(

@@ -717,7 +717,7 @@ def score(command: Score) -> int:
     from eval import squad
     from flaxqa import files
 
-    content = squad.read_json(command.data)
+    content = squad.loads(squad.read_bytes(command.data), command.data)
     questions, v2 = squad.parse(content, str(command.data))
     if not v2 and (version := content.get("version")) != squad.VERSION:
         print(

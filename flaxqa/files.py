@@ -51,6 +51,15 @@ def read_named(name: str | Path) -> bytes:
     return path.read_bytes()
 
 
+def state_of(path: str | Path) -> tuple[int, ...] | None:
+    """What changes when a file does, also where its time was set back; None if it is missing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
 def write_named(name: str | Path, content: bytes) -> None:
     """Writes a file that the user named, whole or not at all; of a link that it leads to.
 

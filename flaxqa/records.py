@@ -24,7 +24,7 @@ import numpy as np
 from flaxqa import features
 from flaxqa.errors import DataError, TryAgain, UsageError, all_problems
 from flaxqa.features import Example
-from flaxqa.files import local
+from flaxqa.files import local, state_of
 from flaxqa.sources import (
     Input,
     Parquet,
@@ -431,15 +431,6 @@ def hub_commit(one: Input) -> Input:
             f"({type(error).__name__}: {error})"
         ) from error
     return dataclasses.replace(one, sha256=info.sha)
-
-
-def state_of(path: str) -> tuple[int, ...] | None:
-    """What changes when a file does, also where its time was set back; None if it is missing."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 @functools.lru_cache(maxsize=4_096)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -181,3 +181,81 @@ def never_looks_across_spaces(tokenizer: tokenizers.Tokenizer) -> bool:
             for token in added
         )
     )
+
+
+# What each part of `tokenizer.json` may be, and its options with their types.
+FLAG = (bool,)
+NORMALIZERS: dict[str | None, dict[str, tuple[type, ...]]] = {
+    "BertNormalizer": dict.fromkeys(("clean_text", "handle_chinese_chars", "lowercase"), FLAG)
+    | {"strip_accents": (bool, type(None))},
+    **{name: {} for name in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents")},
+}
+PARTS: dict[str, dict[str | None, dict[str, tuple[type, ...]]]] = {
+    "normalizer": {None: {}, **NORMALIZERS, "Sequence": {"normalizers": (list,)}},
+    "pre_tokenizer": {"BertPreTokenizer": {}},
+    "post_processor": {
+        "BertProcessing": {"sep": (list,), "cls": (list,)},
+        "TemplateProcessing": {"single": (list,), "pair": (list,), "special_tokens": (dict,)},
+    },
+    "decoder": {None: {}, "WordPiece": {"prefix": (str,), "cleanup": FLAG}},
+    "model": {
+        "WordPiece": {
+            "unk_token": (str,),
+            "continuing_subword_prefix": (str,),
+            "max_input_chars_per_word": (int,),
+            "vocab": (dict,),
+        }
+    },
+}
+
+
+def unlike_bert(content: Mapping[str, Any]) -> list[str]:
+    """What in `tokenizer.json` is not of BERT's WordPiece tokenizer; empty when all is.
+
+    The library takes any structure, some of which take all memory, or end the process.
+    """
+    problems = []
+    for name, kinds in PARTS.items():
+        part = content.get(name)
+        given = part if isinstance(part, dict) else {}
+        # Files of before 2022 do not say that the model is WordPiece.
+        kind = given.get("type", "WordPiece" if name == "model" and given else None)
+        if part is not None and not isinstance(part, dict):
+            problems.append(f"its {name} is no object")
+        elif not isinstance(kind, str | None) or kind not in kinds:
+            wanted = " or ".join(str(each) for each in kinds if each)
+            problems.append(f"its {name} is {str(kind)[:50]!r}, not {wanted}")
+        else:
+            problems += [
+                f"its {name} has {option[:50]!r}, which is not computed"
+                for option, value in given.items()
+                if option != "type" and type(value) not in kinds[kind].get(option, ())
+            ]
+    several = (content.get("normalizer") or {}).get("normalizers", ()) if not problems else ()
+    for one in several:
+        kind = one.get("type") if isinstance(one, dict) else None
+        if (
+            kind is None
+            or one.keys() - {"type", *NORMALIZERS.get(str(kind), ())}
+            or (str(kind) not in NORMALIZERS)
+        ):
+            problems.append(f"its normalizer has {str(kind)[:50]!r}, which is not computed")
+    if problems:
+        return problems
+    model = content["model"]
+    if model.get("max_input_chars_per_word", 100) not in range(1, 10_001):
+        problems.append("its max_input_chars_per_word is not from 1 to 10,000")
+    ids = dict(model.get("vocab", {}))
+    added = content.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        text = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(text, str) or not text or len(text) > 1_000:
+            problems.append("an added token has no text")
+        elif ids.setdefault(text, token.get("id")) != token.get("id"):
+            problems.append(f"{text!a} is an added token and another in the vocabulary")
+    numbers = list(ids.values())
+    if not all(type(number) is int for number in numbers) or (
+        sorted(numbers) != list(range(len(numbers)))
+    ):
+        problems.append(f"its {len(ids):,} tokens do not have the ids from 0 on, each once")
+    return problems

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import struct
@@ -624,3 +625,18 @@ def test_a_vocabulary_has_a_limit(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "VOCABULARY_LIMIT", 100)
     with pytest.raises(ModelRejected, match=r"vocab.txt has \d+ bytes, more than 100"):
         checkpoint.load(folder)
+
+
+def test_files_that_changed_since_they_were_read_have_no_hash(folder):
+    loaded = checkpoint.load(folder)
+    before = loaded.sha256()
+    path = folder / "model.safetensors"
+    status, content = path.stat(), path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(ModelRejected, match="has changed since it was loaded"):
+        loaded.sha256()
+    path.unlink()
+    with pytest.raises(ModelRejected, match="cannot be read"):
+        loaded.sha256()
+    assert len(before) == 3
