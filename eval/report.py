@@ -545,9 +545,6 @@ def write(runs: Sequence[Run], path: str | Path) -> None:
       DataError: a run's results cannot be shown; says which.
       TryAgain: the place cannot be written.
     """
-    path = files.local(path)
-    if not path.exists():
-        files.writable_directory(path.parent)
     try:
         content = page(runs)
     except ImportError:

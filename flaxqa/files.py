@@ -63,7 +63,8 @@ def state_of(path: str | Path) -> tuple[int, ...] | None:
 def write_named(name: str | Path, content: bytes) -> None:
     """Writes a file that the user named, whole or not at all; of a link that it leads to.
 
-    What is no file but takes bytes (/dev/stdout, a FIFO) is written as it is.
+    Folders that are missing are made. What is no file but takes bytes (/dev/stdout, a FIFO) is
+    written as it is.
 
     Raises:
       UsageError: it is a folder, a URL, or something else that cannot be written.
@@ -75,7 +76,8 @@ def write_named(name: str | Path, content: bytes) -> None:
         mode = path.stat().st_mode
     except FileNotFoundError:  # a new file, perhaps at the end of a link
         path, mode = path.resolve(), stat.S_IFREG
-    except (OSError, RuntimeError) as error:  # a link to itself, a name too long
+        writable_directory(path.parent)
+    except (OSError, RuntimeError) as error:  # a part that is no folder, or may not be entered
         raise UsageError(f"{name} cannot be written: {error}") from error
     if stat.S_ISREG(mode):
         write_whole(path, content)

@@ -438,3 +438,10 @@ def test_a_fault_at_any_opening_of_a_file_is_told_and_resumed_from(
         if over:
             break
     assert faults >= 5
+
+
+def test_missing_folders_of_a_named_file_are_made(tmp_path):
+    files.write_named(tmp_path / "a" / "b" / "c.json", b"x")
+    assert (tmp_path / "a" / "b" / "c.json").read_bytes() == b"x"
+    with pytest.raises(UsageError, match="Not a directory"):
+        files.write_named(tmp_path / "a" / "b" / "c.json" / "d", b"x")
