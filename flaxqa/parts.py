@@ -375,7 +375,8 @@ class Output:
         for path in self.manifests():
             for line in self.content(path.name).splitlines():
                 if (content := unsealed(line)) is not None:
-                    yield Entry(**content)
+                    with contextlib.suppress(TypeError):  # a line of another version
+                        yield Entry(**content)
 
     def manifests(self) -> list[Path]:
         paths = self.directory.glob("_manifest*.jsonl")

@@ -177,7 +177,10 @@ def never_looks_across_spaces(tokenizer: tokenizers.Tokenizer) -> bool:
         all(isinstance(part, kind) for part, kind in kinds)
         and any(token.content == SEPARATOR and not token.normalized for token in added)
         and not any(
-            " " in token.content or token.lstrip or token.rstrip or token.single_word
+            any(map(str.isspace, token.content))
+            or token.lstrip
+            or token.rstrip
+            or token.single_word
             for token in added
         )
     )
