@@ -164,12 +164,8 @@ def parts(args: argparse.Namespace, folder: Path, progress: Progress) -> Iterato
             backends=tuple(f"{name}/{dtype}" for name in args.beside), rounds=args.rounds,
             scenarios=("offline",), sweep=False, min_seconds=1.0,
         )  # fmt: skip
-        yield {f"{dtype}, beside others": compact(compare.compare(config, progress))}
-
-
-def compact(content: dict[str, Any]) -> dict[str, Any]:
-    """A comparison without what single questions were answered."""
-    return {key: content[key] for key in content.keys() - {"disagreements", "groups"}}
+        found = compare.compare(config, progress)
+        yield {f"{dtype}, beside others": compare.compact(found)}
 
 
 def table(found: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,16 @@ def compare(
                 one.worker.close()
         progress.stage("scoring")
         return content()
+
+
+def compact(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison without what each question took and was answered."""
+    kept = {name: content[name] for name in content if name not in ("disagreements", "groups")}
+    kept["backends"] = [
+        {**row, "single": {k: v for k, v in (row.get("single") or {}).items() if k != "latencies"}}
+        for row in content["backends"]
+    ]
+    return kept
 
 
 def measure(

@@ -514,7 +514,9 @@ def compare(config: CompareConfig | BenchConfig) -> int:
     output = Path(config.output)
     report.write([report.read(output)], output / "report.html")
     files.write_whole(output / "summary.md", report.markdown(found).encode())
-    told = report.markdown(found) if sys.stdout.isatty() else json.dumps(found) + "\n"
+    told = (
+        report.markdown(found) if sys.stdout.isatty() else json.dumps(compare.compact(found)) + "\n"
+    )
     print(told, end="")
     print(f"flaxqa: {output / 'report.html'}", file=sys.stderr)
     verdicts = [row.get("verdict") for row in found["backends"]]

@@ -413,3 +413,9 @@ def test_a_number_that_is_none_is_refused_by_its_option(value):
             continue
         with pytest.raises(UsageError, match=name):
             package.load(MODEL, **{name: value})
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "flaxqa", "--version"], capture_output=True,
+                          text=True, cwd=ROOT)  # fmt: skip
+    assert done.stdout == flaxqa("--version").stdout != ""

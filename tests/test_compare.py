@@ -202,6 +202,10 @@ def test_bench_finds_the_highest_rate_that_keeps_the_bound(tmp_path, monkeypatch
     (row,) = found["backends"]
     assert row["name"] == "jax/float32"
     assert row["verdict"] == "VALID"
+    assert row["single"].keys() >= {"p50", "p99"}
+    assert "latencies" not in row["single"]  # which comparison.json has
+    whole = json.loads((tmp_path / "comparison.json").read_text())
+    assert len(whole["backends"][0]["single"]["latencies"]) >= 10
     server = row["server"]
     assert server["rate"] == max(one["rate"] for one in server["trials"] if one["p99"] <= 0.5)
     assert [one["rate"] for one in server["trials"]] == sorted(

@@ -12,10 +12,12 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -170,7 +172,8 @@ class NativeHook(BuildHookInterface):
             for name in (LIBRARY, RECORD):
                 build_data["force_include"][str(target / name)] = str(inside / name)
         build_data["pure_python"] = False
-        build_data["infer_tag"] = True
+        # The library does not use Python's interface: one wheel is for all versions of Python.
+        build_data["tag"] = f"py3-none-{re.sub('[-.]', '_', sysconfig.get_platform())}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         self.folder.cleanup()
