@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 LOCK := --quiet --universal --python-version 3.11 --no-header --no-emit-index-url \
   --no-emit-find-links --upgrade
 
-.PHONY: help eval test bench bench-gpu precision sanitize fuzz tpu lint types check lock clean
+.PHONY: help eval test bench bench-gpu precision sanitize fuzz tpu docs lint types check lock clean
 
 help:
 	@echo "make eval    set up and score the quickstart checkpoint on its held-out questions"
@@ -19,28 +19,26 @@ help:
 	@echo "make sanitize  the compiled encoder under sanitizers of memory and threads; 5 minutes"
 	@echo "make fuzz    mutated files of every kind; one minute, or SECONDS=600"
 	@echo "make tpu     set up TPU's compiler and compile flaxqa for chips that are not here; 5 minutes"
+	@echo "make docs    set up and build the documentation in site/; a broken link fails"
 	@echo "make check   set up, lint and check types"
 	@echo "make lock    resolve the locked versions anew (needs uv)"
 	@echo "make clean   remove the environment and caches"
 
 eval: .venv/.run
-	$(BIN)/flaxqa eval --config configs/quickstart.toml
+	$(BIN)/flaxqa eval --config quickstart
 
 test: .venv/.test
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 bench: .venv/.bench
-	$(BIN)/python -m eval.throughput --dtype float32 --output runs/bench-float32.json
-	$(BIN)/python -m eval.throughput --dtype bfloat16 --output runs/bench-bfloat16.json
-	$(BIN)/python -m eval.throughput --steps --output runs/bench-steps.json --plot runs/bench-steps.svg
+	$(BIN)/flaxqa compare --config bench $(SUBJECT)
 
 # MODEL=DIR and DATA=FILE measure another checkpoint and data than the quickstart's. An environment
 # that has JAX and torch for its devices already is taken with GPU_PYTHON=python3.
 GPU_PYTHON := $(BIN)/python
 SUBJECT = $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 bench-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),.venv/.gpu)
-	$(GPU_PYTHON) -m eval.accelerator $(SUBJECT) --width 768 \
-	  --output benchmarks/$$(date +%Y-%m-%d)-accelerator.json
+	$(GPU_PYTHON) -m flaxqa compare --config bench-gpu $(SUBJECT)
 
 sanitize: .venv/.test
 	$(BIN)/python tests/sanitize.py
@@ -49,12 +47,16 @@ fuzz: .venv/.test
 	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0)
 
 precision: .venv/.run
-	$(BIN)/python -m eval.precision $(SUBJECT) --output runs/precision.json
+	$(BIN)/python -m flaxqa.eval.precision $(SUBJECT) --output runs/precision.json
 
 # Beside the environment, which would look for a TPU with it.
 tpu: .venv/.tpu
-	PYTHONPATH=.venv/tpu $(BIN)/python -m eval.aot --output runs/tpu.json --limits benchmarks/tpu.json
+	PYTHONPATH=.venv/tpu $(BIN)/python -m flaxqa.eval.aot --output runs/tpu.json --limits benchmarks/tpu.json
 	PYTHONPATH=.venv/tpu $(BIN)/python -m pytest -m tpu
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 check: lint types
 
@@ -89,6 +91,13 @@ NATIVE := $(addprefix flaxqa/native/,build.py encoder.cc encoder.h ffi.cc)
 	$(PIP) --constraint requirements.lock "jax[cuda13]" torch
 	@touch $@
 
+# In an environment of its own, so that its packages cannot change those of the tests.
+.venv/.docs: .venv/bin/python requirements-docs.lock
+	$(BIN)/python -m venv .venv/docs
+	.venv/docs/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --requirement requirements-docs.lock
+	@touch $@
+
 LIBTPU := import importlib.metadata as m; \
   print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
 
@@ -102,6 +111,7 @@ lock:
 	  --group test
 	uv pip compile $(LOCK) --constraint requirements.lock --output-file requirements-bench.lock \
 	  --group bench
+	uv pip compile $(LOCK) --output-file requirements-docs.lock --group docs
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist runs
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist runs site

@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxqa import attention, files, predict
-from flaxqa.model import DistilBertConfig, DistilBertForQuestionAnswering
+from flaxqa.checkpoint import DistilBertForQuestionAnswering
+from flaxqa.model import DistilBertConfig
 from flaxqa.plan import Shape
 from flaxqa.spans import Spans
 
@@ -176,7 +177,7 @@ def grown(rows: Sequence[Mapping[str, Any]], limits: Sequence[Mapping[str, Any]]
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.aot", description=__doc__.partition("\n")[0],
+        prog="python -m flaxqa.eval.aot", description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     parser.add_argument("topologies", nargs="*", default=list(TOPOLOGIES), metavar="CHIPS",

@@ -1,22 +1,14 @@
-"""What computes logits: flaxqa and other frameworks, each behind the same call.
+"""What computes logits: flaxqa and other frameworks, each behind the call of `Backend`.
 
-A backend loads a checkpoint in its constructor and then turns windows into logits; windows and
-decoder are flaxqa's for all. Those that take padded batches get them in one of two ways: `shipped`,
-as transformers 4.57's pipeline and documentation do it, in the order they come, 8 at a time, padded
-to 384; `tuned`, sorted by length and padded to their longest. (`whole` is one batch of them all.)
-
-On an accelerator batches are larger, and all are sent before the first result is fetched. What has
-no code for it runs on the CPU and says so.
-
-A backend of your own is a subclass of `Backend` named as `module:Class`.
+What has no code for an accelerator runs on the CPU and says so.
 """
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import importlib.util
 import inspect
+import os
 import statistics
 import subprocess
 import sys
@@ -28,157 +20,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from flaxqa.errors import UsageError
-from flaxqa.features import Feature
+from flaxqa.features import Example, Feature, Windows
 from flaxqa.spans import Logits
+
+from . import worker
+from .backend import INPUTS, STEPS, Backend, Padded
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from flaxqa.model import EncoderConfig
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-LENGTH, SHIPPED_BATCH = 384, 8
-TUNED_TOKENS = 2_048  # of a batch that is sorted by length
-TUNED_TOKENS_ELSEWHERE = 65_536  # the fastest for torch on an H100
-MULTIPLE = 8  # what the length of a tuned batch is rounded up to
-
-
-class Backend(abc.ABC):
-    """Loads a checkpoint; then windows to logits.
-
-    Attributes:
-      dtypes: that it computes in, the first by default.
-      devices: kinds of devices that it computes on.
-      device: the kind that it is asked to compute on, if it can; set before it is made.
-      needs: what installs it.
-      traceable: whether jax.profiler sees what it does.
-      length: tokens of the longest window.
-    """
-
-    dtypes: ClassVar[tuple[str, ...]] = ("float32",)
-    devices: ClassVar[tuple[str, ...]] = ("cpu",)
-    device: ClassVar[str] = "cpu"
-    needs: ClassVar[str] = ""
-    traceable: ClassVar[bool] = False
-    length = LENGTH
-
-    @classmethod
-    def prepare(cls, model: str, dtype: str, folder: str) -> str:
-        """Makes of a checkpoint directory what the constructor takes, in a folder.
-
-        This is not part of the time to load it. As it is, the constructor takes the directory.
-        """
-        return model
-
-    @abc.abstractmethod
-    def __init__(self, model: str, dtype: str, threads: int):
-        """Loads what `prepare` gave.
-
-        Raises:
-          ImportError: a package is not installed.
-        """
-
-    @abc.abstractmethod
-    def run(self, windows: Sequence[Feature], way: str) -> Sequence[Logits]:
-        """The logits of every window."""
-
-    def where(self) -> str:
-        """The name of what computes."""
-        return "cpu"
-
-    def device_memory(self) -> int | None:
-        """The most bytes of the device's own memory that were in use; None on a CPU."""
-        return None
-
-    def about(self) -> dict[str, Any]:
-        """What else is worth knowing of how it computes."""
-        return {}
-
-
-class Padded(Backend):
-    """One that takes rows of one length.
-
-    Attributes:
-      fixed: whether each shape has to be compiled, so that there should be few of them.
-    """
-
-    fixed: ClassVar[bool] = False
-
-    @abc.abstractmethod
-    def logits(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """input_ids, attention_mask and token_type_ids, int64 [B, T], to logits, float32 [B, T]."""
-
-    def send(self, inputs: Mapping[str, np.ndarray]) -> Any:
-        """Begins with a batch; where a device works on its own, `fetch` waits for it."""
-        return self.logits(inputs)
-
-    def fetch(self, sent: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The logits of what was sent."""
-        start, end = sent
-        return start, end
-
-    def run(self, windows: Sequence[Feature], way: str) -> list[Logits]:
-        found: dict[int, Logits] = {}
-        tokens, multiple = TUNED_TOKENS, MULTIPLE
-        if self.device != "cpu":
-            tokens, multiple = TUNED_TOKENS_ELSEWHERE, 64 if self.fixed else MULTIPLE
-        lengths = list(map(len, windows))
-        sent = []
-        for rows, length in padded_batches(lengths, way, self.length, tokens, multiple):
-            there = [windows[index] for index in rows]
-            room = len(rows)
-            if self.fixed and self.device != "cpu" and way == "tuned":  # few sizes
-                room = min(1 << (room - 1).bit_length(), max(1, tokens // length))
-            sent.append((rows, self.send(padded(there, length, room))))
-        for rows, batch in sent:
-            start, end = self.fetch(batch)
-            for row, index in enumerate(rows):
-                own = slice(lengths[index])
-                found[index] = Logits(start[row, own], end[row, own])
-        return [found[index] for index in range(len(windows))]
-
-
-def padded_batches(
-    lengths: Sequence[int],
-    way: str,
-    longest: int = LENGTH,
-    tokens: int = TUNED_TOKENS,
-    multiple: int = MULTIPLE,
-) -> list[tuple[list[int], int]]:
-    """The windows of each batch and the length they are padded to.
-
-    Args:
-      lengths: tokens of the windows.
-      way: "shipped", "tuned" or "whole".
-      longest: tokens of the longest window.
-      tokens: of a tuned batch, padding included.
-      multiple: what the length of a tuned batch is rounded up to.
-    """
-    if way == "shipped":
-        rows = list(range(len(lengths)))
-        return [
-            (rows[i : i + SHIPPED_BATCH], longest) for i in range(0, len(lengths), SHIPPED_BATCH)
-        ]
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    if way == "whole":
-        return [(order, max(lengths))]
-    batches = []
-    while order:
-        length = min(-(-lengths[order[0]] // multiple) * multiple, longest)
-        size = max(1, tokens // length)
-        batches.append((order[:size], length))
-        order = order[size:]
-    return batches
-
-
-def padded(windows: Sequence[Feature], length: int, rows: int) -> dict[str, np.ndarray]:
-    """Windows as the inputs of transformers' models, in so many rows."""
-    ids, mask, types = np.zeros((3, rows, length), np.int64)
-    for row, window in enumerate(windows):
-        ids[row, : len(window)] = window.input_ids
-        mask[row, : len(window)] = 1
-        types[row, window.context_start : len(window)] = 1
-    return dict(zip(INPUTS, (ids, mask, types), strict=True))
 
 
 class Jax(Backend):
@@ -186,14 +37,44 @@ class Jax(Backend):
 
     dtypes = ("float32", "bfloat16")
     devices = ("cpu", "gpu", "tpu")
-    traceable = True
+    traceable = streams = True
     options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, model: str, dtype: str, threads: int):
         from flaxqa import reader
 
         jax_runs_on(self.device)
-        self.predictor = reader.load(model, dtype=dtype, **self.options).predictor
+        self.reader = reader.load(model, dtype=dtype, **self.options)
+        self.predictor = self.reader.predictor
+
+    def stream(self, examples: Sequence[Example]) -> tuple[list[str], dict[str, float]]:
+        from flaxqa import answers, features, reader
+
+        spent = reader.Spent()
+        texts = []
+        chunks = reader.chunks(examples, size_of=features.characters)
+        decode = answers.Decoder("squad", top_k=1)
+        for found, took in self.reader.answer_chunks(chunks, decode):
+            spent.add(took)
+            texts += [one[0].text if one else "" for one in found]
+        stages = (spent.tokenize_seconds, spent.device_seconds, spent.decode_seconds)
+        return texts, dict(zip(("tokenize", "compute", "decode"), stages, strict=True))
+
+    def step(self, windows: Sequence[Feature]) -> dict[str, Any]:
+        import jax
+
+        together, predictor = Windows.of(windows), self.predictor
+        batch = max(predictor.plan(together.lengths.tolist()), key=lambda one: one.shape.tokens)
+        predictor.compile([batch.shape])
+        rows = jax.device_put(predictor.inputs(batch, together)[0])
+        run = predictor.compiled[batch.shape]
+        jax.block_until_ready(run(rows))
+        began = time.perf_counter()
+        jax.block_until_ready([run(rows) for _ in range(STEPS)])
+        seconds = (time.perf_counter() - began) / STEPS
+        chosen = [index for row in batch.rows for index in row]
+        useful = useful_flops(predictor.config, together.lengths[chosen])
+        return {"seconds": seconds, "useful_flops": useful, **batch.shape._asdict()}
 
     def run(self, windows: Sequence[Feature], way: str) -> Sequence[Logits]:
         return self.predictor.predict(windows)
@@ -207,6 +88,7 @@ class Jax(Backend):
     def about(self) -> dict[str, Any]:
         return {
             **self.predictor.computed_by,
+            "devices": len(self.predictor.devices),
             "shapes": len(self.predictor.shapes),
             "compile_seconds": self.predictor.compile_seconds,
         }
@@ -216,14 +98,14 @@ def jax_runs_on(device: str) -> None:
     """Makes sure that JAX computes on such a device.
 
     Raises:
-      RuntimeError: it has none.
+      NotHere: it has none.
     """
     import jax
 
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     if (there := jax.default_backend()) != device:
-        raise RuntimeError(f"JAX has no {device} here: it would run on the {there}")
+        raise worker.NotHere(f"JAX has no {device} here: it would run on the {there}")
 
 
 def product_rate(dtype: str) -> float:
@@ -333,7 +215,7 @@ class Torch(Padded):
         torch.set_num_threads(threads)
         self.torch, self.at = torch, "cuda" if self.device == "gpu" else "cpu"
         if self.at == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(f"torch {torch.__version__} has no GPU here")
+            raise worker.NotHere(f"torch {torch.__version__} has no GPU here")
         loaded = transformers.AutoModelForQuestionAnswering.from_pretrained(
             model, attn_implementation=self.attention, use_safetensors=True
         )
@@ -398,8 +280,10 @@ def python(script: str, *arguments: str) -> None:
     Raises:
       RuntimeError: it failed; has the last line of what it said.
     """
-    command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    command = [sys.executable, "-P", "-c", script, *arguments]
+    done = subprocess.run(  # noqa: S603
+        command, capture_output=True, text=True, env=worker.environment()
+    )
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["a script failed"])[-1])
 
@@ -407,6 +291,8 @@ def python(script: str, *arguments: str) -> None:
 def export(model: str, format: str, folder: str) -> str:
     """`flaxqa export` of a checkpoint directory."""
     path = str(Path(folder) / format)
+    if Path(path).exists():  # of another worker
+        return path
     options = ("--model", model, "--format", format, "--output", path)
     python("from flaxqa.cli import main; main()", "export", *options)
     return path
@@ -426,6 +312,8 @@ class OnnxRuntime(Padded):
         path = export(model, "onnx", folder)
         if dtype != "int8":
             return path
+        if Path(f"{path}.int8").exists():
+            return f"{path}.int8"
         script = "import sys; from onnxruntime.quantization import quantize_dynamic as quantize; "
         python(script + "quantize(*sys.argv[1:])", path, f"{path}.int8")
         return f"{path}.int8"
@@ -529,12 +417,6 @@ BACKENDS: dict[str, type[Backend]] = {
 }
 
 
-def load(name: str, model: str, dtype: str, threads: int, folder: str) -> Backend:
-    """A backend with a checkpoint directory; see `Backend`."""
-    kind = backend_of(name)
-    return kind(kind.prepare(model, dtype, folder), dtype, threads)
-
-
 def backend_of(name: str) -> type[Backend]:
     """The class that a name of BACKENDS, or `module:Class`, stands for.
 
@@ -545,6 +427,9 @@ def backend_of(name: str) -> type[Backend]:
         return BACKENDS[name]
     module, colon, kind = name.partition(":")
     if colon:
+        here = os.getcwd()
+        if here not in sys.path:
+            sys.path.append(here)  # the last place, so that nothing there hides another module
         try:
             found = getattr(importlib.import_module(module), kind)
         except (ImportError, AttributeError) as error:

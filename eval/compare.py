@@ -1,6 +1,6 @@
 """The same work on several backends: do they answer alike, how well, and how fast.
 
-Fairness is by construction. Every backend (`eval.backends`) has the same checkpoint bytes,
+Fairness is by construction. Every backend (`flaxqa.eval.backends`) has the same checkpoint bytes,
 questions, windows, decoder and number of threads, and a process of its own, which is idle while
 another one runs. Rounds are interleaved (A B C A B C ...), so that a machine that slows down slows
 all; numbers are medians of rounds with their extremes, and ratios are taken round by round.
@@ -8,12 +8,13 @@ all; numbers are medians of rounds with their extremes, and ratios are taken rou
 Scenarios, after MLPerf Inference: `offline` answers all questions at once; `single` one question
 after the other; `server` questions that come at random (Poisson), at the highest rate at which 99
 of 100 wait less than a bound. What counts is from raw text to answer, split into tokenizing,
-computing logits and decoding.
+computing logits and decoding. Besides, `start` is from a new process to all answers, once with
+empty and once with full caches of compiled code; `step` is the largest batch alone.
 
 A result is VALID only if the work was done: logits and answers are held against the plain model in
 float32 (`jax-model`, in a process of its own), what is answered in timed runs must be what was
 answered in the accuracy run (but for one in twenty where it is not float32), and asking one thing
-again and again must not be faster than asking different ones (`eval.results`).
+again and again must not be faster than asking different ones (`flaxqa.eval.results`).
 
 Everything runs where JAX runs, or on the kind of device that was chosen; what has no code for that
 runs on the CPU, and the results say so. TPUs belong to one process at a time: there one backend is
@@ -30,19 +31,22 @@ import math
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import backends, environment, squad
-from eval.config import BenchConfig, CompareConfig
-from eval.results import AUDITS, FASTER, Contestant, Results, finite, percentile
-from eval.runner import Job
-from eval.worker import Worker
 from flaxqa import features, files
 from flaxqa.errors import UsageError
 from flaxqa.progress import Progress, Silence
 
+from . import backend, backends, environment, questions
+from .config import BenchConfig, CompareConfig
+from .results import AUDITS, FASTER, Contestant, Results, finite, percentile
+from .runner import Job
+from .worker import Worker
+
+Given = tuple[questions.Data, dict[str, Any]] | None
 REFERENCE = "jax-model"
 PACKAGES = (
     "flaxqa", "jax", "jaxlib", "torch", "transformers", "onnx", "onnxruntime", "openvino",
@@ -78,7 +82,9 @@ class Field:
       device: "cpu", "gpu" or "tpu", once the reference runs; before that what was asked for.
     """
 
-    def __init__(self, config: CompareConfig | BenchConfig, output: Path, progress: Progress):
+    def __init__(
+        self, config: CompareConfig | BenchConfig, output: Path, progress: Progress, given: Given
+    ):
         """Reads the questions and the checkpoint.
 
         Raises:
@@ -86,14 +92,16 @@ class Field:
         """
         import jax
 
-        from eval import run
         from flaxqa import checkpoint
+
+        from . import widen
 
         jax.config.update("jax_platforms", "cpu")  # an accelerator is for those that are measured
         self.config, self.output, self.progress = config, output, progress
         self.device: str = config.device
         progress.stage("reading questions")
-        (self.questions, self.v2), self.source = run.read_data(config)
+        (asked, self.v2), self.source = given or questions.read_with_source(config.data, config)
+        self.questions = asked[: config.limit]
         self.asked = [one for one in self.questions if features.why_unanswerable(one) is None]
         if not self.asked:
             raise UsageError(f"{config.data} has no question that can be asked")
@@ -101,8 +109,12 @@ class Field:
         self.loaded = checkpoint.load(config.model, revision=config.revision)
         self.stack = contextlib.ExitStack()
         self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        (self.folder / "prepared").mkdir()
+        if config.width is not None:
+            wider = widen.widened(self.loaded, config.width, self.folder / "model")
+            self.loaded = checkpoint.load(wider)
         self.directory = self.loaded.directory.resolve()
-        self.length = min(backends.LENGTH, self.loaded.config.max_position_embeddings)
+        self.length = min(backend.LENGTH, self.loaded.config.max_position_embeddings)
         windows = features.make(
             self.asked, self.loaded.tokenizer, max_length=self.length,
             doc_stride=min(128, self.length // 2),
@@ -115,29 +127,54 @@ class Field:
         self.log = output / "workers.log"
         self.log.unlink(missing_ok=True)
 
-    def start(self, backend: str, dtype: str) -> Contestant:
+    def worker(self, job: Job, **more: str) -> Worker:
+        """A process for a job, with variables of its environment besides those of all."""
+        made = Worker(
+            "flaxqa.eval.runner",
+            dataclasses.asdict(job),
+            variables=variables(job.threads) | more,
+            log=self.log,
+        )
+        self.stack.callback(made.close)
+        return made
+
+    def start(self, name: str, dtype: str) -> Contestant:
         """A backend, ready, its answers known; or with the reason why it is not."""
-        self.progress.stage(f"setting up {backend}/{dtype}")
+        self.progress.stage(f"setting up {name}/{dtype}")
         job = Job(
-            backend=backend,
+            backend=name,
             dtype=dtype,
             model=str(self.directory),
             questions=str(self.path),
             length=self.length,
             threads=self.config.threads or cpus(),
+            folder=str(self.folder / "prepared"),
             seed=self.config.seed,
             device=self.device,
         )
-        worker = Worker(
-            "eval.runner",
-            dataclasses.asdict(job),
-            variables=variables(job.threads),
-            log=self.log,
-        )
-        self.stack.callback(worker.close)
-        made = Contestant(job, worker)
+        made = Contestant(job, self.worker(job))
         made.take_accuracy(self.folder / "logits.npz")
         return made
+
+    def start_anew(self, one: Contestant) -> None:
+        """Starts it twice more, with empty and then with full caches of compiled code."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as cache:
+            names = ("JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
+            for caches in ("empty", "full"):
+                self.progress.stage(f"{one.name}: start, caches {caches}")
+                began = time.perf_counter()
+                worker = self.worker(one.job, **dict.fromkeys(names, cache))
+                told = worker.ask("accuracy", str(self.folder / "logits.npz"))
+                seconds = time.perf_counter() - began
+                if told:
+                    one.starts[caches] = {
+                        "seconds": seconds,
+                        "load_seconds": worker.ready["load_seconds"],
+                        "first_call_seconds": worker.ready["first_call_seconds"],
+                        "answers_seconds": told["seconds"],
+                        "same_answers": told["answers"] == one.answers,
+                    }
+                worker.close()
 
     def reference(self) -> Contestant:
         """The plain model in float32, which also finds out where JAX runs; ended when it is known.
@@ -165,7 +202,7 @@ class Field:
                 "sha256": loaded.sha256(),
                 "config": loaded.config.to_dict(),
             },
-            "data": {**self.source, "questions_sha256": squad.sha256(self.questions)},
+            "data": {**self.source, "questions_sha256": questions.sha256(self.questions)},
             "questions": len(self.questions),
             "set_aside": len(self.questions) - len(self.asked),
             "windows": len(self.lengths),
@@ -187,9 +224,14 @@ class Field:
 
 
 def compare(
-    config: CompareConfig | BenchConfig, progress: Progress | None = None
+    config: CompareConfig | BenchConfig, progress: Progress | None = None, given: Given = None
 ) -> dict[str, Any]:
     """Measures all backends and writes `comparison.json`, after each step as far as it is known.
+
+    Args:
+      config: what is measured, and how.
+      progress: is told how it goes.
+      given: the questions and where they are from, where they are there already.
 
     Returns:
       Its content.
@@ -207,7 +249,7 @@ def compare(
             raise UsageError(f"--profile is for JAX backends, and {config.backends} has none")
         files.writable_directory(config.profile)
     output = files.writable_directory(config.output)
-    with Field(config, output, progress) as field:
+    with Field(config, output, progress, given) as field:
         reference = field.reference()
         contestants: list[Contestant] = []
         about = field.about(reference)
@@ -223,6 +265,9 @@ def compare(
             started = [field.start(*one) for one in group]
             contestants += started
             measure(started, config, progress, save=content)
+            for one in started if "start" in config.scenarios else ():
+                if one.worker.absent is None:
+                    field.start_anew(one)
             for one in started if not together else ():
                 one.worker.close()
         progress.stage("scoring")
@@ -262,7 +307,8 @@ def measure(
         told = f"round {number + 1} of {config.rounds}"
         for way in config.ways if "offline" in config.scenarios else ():
             for one in everyone(f"{told}, offline, {way}"):
-                one.offline.setdefault(way, []).append(one.worker.ask("offline", way, least[0]))
+                if way != "streamed" or one.worker.ready["streams"]:
+                    one.offline.setdefault(way, []).append(one.worker.ask("offline", way, least[0]))
         if "single" in config.scenarios:
             for one in everyone(f"{told}, single"):
                 one.single.append(one.worker.ask("single", *least))
@@ -271,6 +317,8 @@ def measure(
         for one in everyone("server"):
             find_rate(one, config)
             save()
+    for one in everyone("step") if "step" in config.scenarios else ():
+        one.step = one.worker.ask("step")
     for batch, length in SWEEP if config.sweep else ():
         for one in everyone(f"{batch} windows of {length} tokens"):
             if length <= one.job.length:

@@ -1,6 +1,6 @@
 """The same metrics of SQuAD v1.1 and 2.0 as `evaluate.Metric`s, which need no network.
 
-    from eval.metric import Squad
+    from .metric import Squad
     Squad().compute(predictions=[{"id": "1", "prediction_text": "Bob"}],
                     references=[{"id": "1", "answers": {"text": ["Bob"], "answer_start": [32]}}])
 
@@ -14,7 +14,10 @@ from typing import Any
 import datasets
 import evaluate
 
-from eval import squad
+from flaxqa import frames
+
+from . import squad
+from .questions import SquadExample, of_rows
 
 REFERENCE = {
     "id": datasets.Value("string"),
@@ -24,14 +27,24 @@ REFERENCE = {
 }
 
 
-def read(predictions: Any, references: Any) -> tuple[list[squad.SquadExample], dict[str, str]]:
-    questions = [
-        squad.SquadExample(row["id"], "", "", tuple(row["answers"]["text"])) for row in references
-    ]
-    return questions, {row["id"]: row["prediction_text"] for row in predictions}
+def read(predictions: Any, references: Any) -> tuple[list[SquadExample], dict[str, str]]:
+    return list(of_rows(references)), {row["id"]: row["prediction_text"] for row in predictions}
 
 
-class Squad(evaluate.Metric):
+class OfFrames(evaluate.Metric):
+    """A metric whose `compute` also takes frames of pandas, polars and Arrow."""
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **options: Any) -> Any:
+        """As of `evaluate.Metric`."""
+        given = {"predictions": predictions, "references": references}
+        lists = {
+            name: None if value is None else list(frames.rows_of(value, ("id",)))
+            for name, value in given.items()
+        }
+        return super().compute(**lists, **options)
+
+
+class Squad(OfFrames):
     """Exact match and F1 of SQuAD v1.1, in percent, from and to what `evaluate`'s `squad` takes.
 
     A reference without a prediction scores 0; a prediction without a reference is ignored.
@@ -54,7 +67,7 @@ class Squad(evaluate.Metric):
         return {"exact_match": scores.exact_match, "f1": scores.f1}
 
 
-class SquadV2(evaluate.Metric):
+class SquadV2(OfFrames):
     """The metric of SQuAD 2.0, in percent, from and to what `evaluate`'s `squad_v2` takes.
 
     `compute` also takes `no_answer_threshold` (1.0): where `no_answer_probability` is above it, the

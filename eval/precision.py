@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval import squad
 from flaxqa import answers, checkpoint, features, files, inference, predict
 from flaxqa.errors import FlaxqaError
+
+from . import questions, squad
+from .questions import SquadExample
 
 HIGHEST = 448.0  # of e4m3
 ROWS = {  # dtype, and whether it lies between products, too
@@ -63,7 +65,7 @@ def float8_products() -> Iterator[None]:
 
 
 def answered(
-    model: str, questions: Sequence[squad.SquadExample], row: str
+    model: str, asked: Sequence[SquadExample], row: str
 ) -> tuple[dict[str, str], np.ndarray]:
     """Answers by question, and the logits of all windows."""
     dtype, short = ROWS[row]
@@ -71,25 +73,25 @@ def answered(
     longest = min(384, loaded.config.max_position_embeddings)
     step = StepOfAccelerators(loaded.model, max_length=longest, kernels="xla", batch_tokens=4_096)
     step.short = short
-    windows = features.make(questions, loaded.tokenizer, max_length=longest)
+    windows = features.make(asked, loaded.tokenizer, max_length=longest)
     with float8_products() if row == "float8" else contextlib.nullcontext():
         scores = step.predict(windows)
-    found = answers.decode_squad(questions, windows, scores, top_k=1)
+    found = answers.decode_squad(asked, windows, scores, top_k=1)
     tables = np.stack([scores.start, scores.end])
     return (
-        {one.id: best[0].text if best else "" for one, best in zip(questions, found, strict=True)},
+        {one.id: best[0].text if best else "" for one, best in zip(asked, found, strict=True)},
         tables[np.isfinite(tables)].astype(np.float64),
     )
 
 
-def rows(model: str, questions: Sequence[squad.SquadExample], v2: bool) -> Iterator[dict[str, Any]]:
+def rows(model: str, asked: Sequence[SquadExample], v2: bool) -> Iterator[dict[str, Any]]:
     """Of each row the scores, and how far it is from the first."""
     first: tuple[Mapping[str, str], np.ndarray] | None = None
     for row in ROWS:
         began = time.perf_counter()
-        texts, logits = answered(model, questions, row)
+        texts, logits = answered(model, asked, row)
         exact, wanted = first = first or (texts, logits)
-        scores = squad.score(questions, texts, v2=v2)
+        scores = squad.score(asked, texts, v2=v2)
         yield {
             "step": row,
             "exact_match": scores.exact_match,
@@ -105,7 +107,7 @@ def rows(model: str, questions: Sequence[squad.SquadExample], v2: bool) -> Itera
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.precision", description=__doc__.partition("\n")[0],
+        prog="python -m flaxqa.eval.precision", description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--model", default="configs/quickstart/checkpoint", help="checkpoint")
@@ -115,9 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     found = []
     try:
-        questions, v2 = squad.read(args.data)
+        asked, v2 = questions.read(args.data)
         print("| step | EM | F1 | answers as in float32 | error of logits |\n|---|---|---|---|---|")
-        for row in rows(args.model, questions[: args.limit], v2):
+        for row in rows(args.model, asked[: args.limit], v2):
             found.append(row)
             print(
                 f"| {row['step']} | {row['exact_match']:.2f} | {row['f1']:.2f} "

@@ -1,7 +1,7 @@
 """Makes the quickstart data set and trains the tiny checkpoint in `configs/quickstart`.
 
-    python -m eval.quickstart data     writes train.json and heldout.json (SQuAD v1.1 format)
-    python -m eval.quickstart train    trains the checkpoint on such paragraphs, saves it
+    python -m flaxqa.eval.quickstart data     writes train.json and heldout.json (SQuAD v1.1 format)
+    python -m flaxqa.eval.quickstart train    trains the checkpoint on such paragraphs, saves it
 
 Everything follows from SEED. A paragraph tells of two invented subjects of one theme, so that a
 question has to be matched to its subject and not only to a kind of answer; some are long enough to
@@ -29,8 +29,9 @@ import tokenizers
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flaxqa import checkpoint, features
-from flaxqa.model import DistilBertConfig, DistilBertForQuestionAnswering
+from flaxqa import checkpoint, features, tokens
+from flaxqa.checkpoint import DistilBertForQuestionAnswering
+from flaxqa.model import DistilBertConfig
 
 SEED = 20261122
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "quickstart"
@@ -453,11 +454,11 @@ def train_tokenizer(paragraphs: int = 4000) -> tokenizers.Tokenizer:
             for at in range(len(word) - size + 1):
                 pieces["##" * (at > 0) + word[at : at + size]] += words[word]
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
-    vocab = [*checkpoint.SPECIAL_TOKENS, *letters, *("##" + letter for letter in letters)]
+    vocab = [*tokens.SPECIAL_TOKENS, *letters, *("##" + letter for letter in letters)]
     vocab += sorted(set(often) - set(vocab))
     rest = sorted(pieces.keys() - set(vocab), key=lambda piece: (-pieces[piece], piece))
     vocab += rest[: VOCAB_SIZE - len(vocab)]
-    return checkpoint.bert_tokenizer({token: i for i, token in enumerate(vocab)}, lowercase=True)
+    return tokens.bert_tokenizer({token: i for i, token in enumerate(vocab)}, lowercase=True)
 
 
 def training_rows(
@@ -498,9 +499,9 @@ def batches(tokenizer: tokenizers.Tokenizer, rng: random.Random) -> Iterator[Any
             if len(taken) < size:
                 break
             ids = np.zeros((size, length), np.int32)
-            for row, (tokens, _, _) in zip(ids, taken, strict=True):
-                row[: len(tokens)] = tokens
-            lengths = np.array([len(tokens) for tokens, _, _ in taken])
+            for row, (own, _, _) in zip(ids, taken, strict=True):
+                row[: len(own)] = own
+            lengths = np.array([len(own) for own, _, _ in taken])
             mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
             first, last = (np.array([row[i] for row in taken], np.int32) for i in (1, 2))
             chunk.append((ids, mask, first, last))

@@ -112,11 +112,9 @@ def there(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [row for row in content["backends"] if "absent" not in row]
 
 
-def speed(row: Mapping[str, Any], way: str = "tuned") -> float:
-    """Questions a second, offline; of the other way where this one was not run, 0 without both."""
-    offline = row["offline"]
-    found: Mapping[str, Any] = offline.get(way) or next(iter(offline.values()), {})
-    return float(found.get("questions_per_second", 0.0))
+def speed(row: Mapping[str, Any]) -> float:
+    """Questions a second, offline, in the way that is the fastest for it; 0 without any."""
+    return max((float(one["questions_per_second"]) for one in row["offline"].values()), default=0.0)
 
 
 def summary(content: Mapping[str, Any]) -> list[str]:
@@ -163,44 +161,70 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     return said
 
 
+Cells = list[tuple[str, str]]  # the column and what stands there
+
+
 def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The main table: its head and its rows, as text."""
-    ways = list(dict.fromkeys(way for row in there(content) for way in row["offline"]))
-    served = any(row["server"] for row in there(content))
-    # A column says where each computes if not all did so on the processor.
+    """The main table: its head and its rows, as text; a column where any backend has something."""
+    # Where each computes is said if not all do so on the processor.
     placed = any(row["device"] != "cpu" for row in there(content))
-    head = ["backend", *(["on"] if placed else []), "verdict", "EM", "F1",
-            *(f"questions/s, {way}" for way in ways), *(f"useful TFLOP/s, {way}" for way in ways),
-            "p50", "p99", *(["served/s"] if served else []), "same answers", "logits apart",
-            f"F1 {MINUS} reference", "load", "first call", "memory",
-            *(["device memory"] if placed else [])]  # fmt: skip
+    measured = [(row, None if "absent" in row else dict(cells(row, placed)))
+                for row in content["backends"]]  # fmt: skip
+    longest = max((list(each) for _, each in measured if each), key=len, default=["backend"])
+    head = list(dict.fromkeys([*longest, *(name for _, each in measured for name in each or ())]))
+    order = {name: place for place, name in enumerate(COLUMNS)}
+    head.sort(key=lambda name: order[name.partition(",")[0]])
     rows = []
-    for row in content["backends"]:
-        if "absent" in row:
-            cells = [row["name"], *([NOTHING] if placed else []), "absent"]
-            rows.append([*cells, *[""] * (len(head) - len(cells))])
-            continue
-        f1 = row["scores"]["f1"]
-        speeds, rates = [], []
-        for way in ways:
-            one = row["offline"].get(way)
-            speeds.append(NOTHING if one is None else
-                          f"{number(one['questions_per_second'])} "
-                          f"({number(one['lowest'])} to {number(one['highest'])})")  # fmt: skip
-            rates.append(NOTHING if one is None else useful(one))
-        single, server = row["single"] or {}, row["server"] or {}
-        rows.append([
-            row["name"], *([row["device"]] if placed else []), row["verdict"],
-            f"{row['scores']['exact_match']['value']:.2f}", f"{f1['value']:.2f}", *speeds, *rates,
-            took(single.get("p50")), took(single.get("p99")),
-            *([number(server.get("rate"))] if served else []),
-            f"{row['parity']['same_answers']:.2%}", number(row["parity"]["largest"]),
-            f"{signed(f1['difference'])} ({interval(*f1['difference_interval'])})",
-            took(row["load_seconds"]), took(row["first_call_seconds"]),
-            mebibytes(row["peak_memory_bytes"]),
-            *([mebibytes(row["device_memory_bytes"])] if placed else []),
-        ])  # fmt: skip
+    for row, each in measured:
+        if each is None:
+            each = {"backend": row["name"], "on": NOTHING, "verdict": "absent"}
+            rows.append([each.get(name, "") for name in head])
+        else:
+            rows.append([each.get(name, NOTHING) for name in head])
     return head, rows
+
+
+COLUMNS = (
+    "backend", "on", "verdict", "EM", "F1", "questions/s", "useful TFLOP/s", "host", "step TFLOP/s",
+    "start cold", "start", "p50", "p99", "served/s", "same answers", "logits apart",
+    f"F1 {MINUS} reference", "load", "first call", "memory", "device memory",
+)  # fmt: skip
+
+
+def cells(row: Mapping[str, Any], placed: bool) -> Cells:
+    """What the table says of a backend that was measured."""
+    f1 = row["scores"]["f1"]
+    found: Cells = [("backend", row["name"]), *([("on", row["device"])] if placed else []),
+                    ("verdict", row["verdict"]),
+                    ("EM", f"{row['scores']['exact_match']['value']:.2f}"),
+                    ("F1", f"{f1['value']:.2f}")]  # fmt: skip
+    for way, one in row["offline"].items():
+        spread = f"{number(one['lowest'])} to {number(one['highest'])}"
+        found.append((f"questions/s, {way}", f"{number(one['questions_per_second'])} ({spread})"))
+        found.append((f"useful TFLOP/s, {way}", useful(one)))
+        if one["host_share"] is not None:
+            found.append((f"host, {way}", f"{one['host_share']:.1%}"))
+    if row["step"] is not None:
+        found.append(("step TFLOP/s", useful(row["step"])))
+    for caches, name in (("empty", "start cold"), ("full", "start")):
+        if caches in row["starts"]:
+            found.append((name, took(row["starts"][caches]["seconds"])))
+    if row["single"]:
+        found += [(name, took(row["single"][name])) for name in ("p50", "p99")]
+    if row["server"]:
+        found.append(("served/s", number(row["server"]["rate"])))
+    found += [
+        ("same answers", f"{row['parity']['same_answers']:.2%}"),
+        ("logits apart", number(row["parity"]["largest"])),
+        (f"F1 {MINUS} reference",
+         f"{signed(f1['difference'])} ({interval(*f1['difference_interval'])})"),
+        ("load", took(row["load_seconds"])),
+        ("first call", took(row["first_call_seconds"])),
+        ("memory", mebibytes(row["peak_memory_bytes"])),
+    ]  # fmt: skip
+    if placed:
+        found.append(("device memory", mebibytes(row["device_memory_bytes"])))
+    return found
 
 
 def useful(offline: Mapping[str, Any]) -> str:
@@ -359,7 +383,7 @@ def plots(content: Mapping[str, Any]) -> dict[str, str]:
             names, speeds, name="speed", spread=spreads,
             xlabel="questions/s; the line is the spread over rounds",
         )  # fmt: skip
-        way = ways[-1]
+        way = next((way for way in reversed(ways) if way != "streamed"), ways[-1])
         timed = [row for row in rows if way in row["offline"]]
         spent = [row["offline"][way]["stages"] for row in timed]  # medians, each of its own
         made[f"Where the time goes, {way}"] = bars(
@@ -383,6 +407,16 @@ def plots(content: Mapping[str, Any]) -> dict[str, str]:
             name="server", xlabel="questions/s that arrive at random",
             ylabel="99 of 100 within, milliseconds", log=(True, True),
         )  # fmt: skip
+    made |= sweeps(rows)
+    if any(row["peak_memory_bytes"] for row in rows):
+        sizes = [row["peak_memory_bytes"] and row["peak_memory_bytes"] / 2**20 for row in rows]
+        made["Memory"] = bars(names, {"peak": sizes}, name="memory", xlabel="MiB at the peak")
+    return made
+
+
+def sweeps(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The plots of throughput by batch size and by length."""
+    made: dict[str, str] = {}
     swept = [row for row in rows if row["sweep"]]
     for title, key, other, fixed, label in (
         ("Throughput and batch size", "batch", "length", 128, "windows of 128 tokens in a batch"),
@@ -398,9 +432,6 @@ def plots(content: Mapping[str, Any]) -> dict[str, str]:
             made[title] = lines(
                 series, name=key, xlabel=label, ylabel="tokens/s", log=(True, False)
             )
-    if any(row["peak_memory_bytes"] for row in rows):
-        sizes = [row["peak_memory_bytes"] and row["peak_memory_bytes"] / 2**20 for row in rows]
-        made["Memory"] = bars(names, {"peak": sizes}, name="memory", xlabel="MiB at the peak")
     return made
 
 

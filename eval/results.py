@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from eval import squad
-from eval.config import BenchConfig, CompareConfig
-from eval.runner import STAGES, Job
-from eval.worker import Worker
+from . import squad
+from .config import BenchConfig, CompareConfig
+from .questions import SquadExample
+from .runner import STAGES, Job
+from .worker import Worker
 
 CLOSE = 1e-3  # logits of float32 backends; rounding makes 1e-5
 ALIKE = 0.999  # share of answers that are the reference's, in float32
@@ -40,6 +41,8 @@ class Contestant:
       offline: of each way the rounds.
       single: the rounds.
       server: the rates that were tried.
+      starts: with empty and with full caches.
+      step: see `Backend.step`.
       audit: see `Runner.audit`.
       sweep: by batch size and length, tokens a second.
       usage: see `Runner.usage`.
@@ -52,6 +55,8 @@ class Contestant:
     offline: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     single: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     server: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    starts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    step: dict[str, Any] = dataclasses.field(default_factory=dict)
     audit: dict[str, float] = dataclasses.field(default_factory=dict)
     sweep: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     usage: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -72,7 +77,7 @@ class Contestant:
 class Results:
     """What comes of the measurements, at any time while they go on."""
 
-    questions: Sequence[squad.SquadExample]
+    questions: Sequence[SquadExample]
     v2: bool
     reference: Contestant
     contestants: Sequence[Contestant]
@@ -99,7 +104,8 @@ class Results:
         job, ready = one.job, one.worker.ready
         row: dict[str, Any] = {"name": one.name, "backend": job.backend, "dtype": job.dtype}
         if not one.answers:
-            return row | {"absent": one.worker.absent}
+            failed = getattr(one.worker, "failed", False)
+            return row | {"absent": one.worker.absent, "failed": failed}
         reasons = self.reasons(one)
         return row | {
             "verdict": "INVALID" if reasons else "VALID",
@@ -120,6 +126,8 @@ class Results:
             },
             "single": self.latencies(one),
             "server": self.server(one),
+            "starts": one.starts,
+            "step": self.step(one),
             "sweep": one.sweep,
             "audit": one.audit,
         }
@@ -196,34 +204,57 @@ class Results:
                 yield name, queries, seconds
 
     def offline(self, one: Contestant, way: str) -> dict[str, Any]:
-        rounds = [each["seconds"] for each in one.offline[way] if each]
-        totals = [sum(each.values()) for each in rounds]
-        first = next(each for each in self.contestants if any(each.offline.get(way, ())))
-        beside = one.worker.ready["device"] == first.worker.ready["device"]
-        pairs = [
-            (mine["seconds"], theirs["seconds"])
-            for mine, theirs in zip(one.offline[way], first.offline[way], strict=False)
-            if mine and theirs and beside
-        ]
-        ratios = [sum(mine.values()) / sum(theirs.values()) for mine, theirs in pairs]
-        compute_ratios = [mine["compute"] / theirs["compute"] for mine, theirs in pairs]
-        asked = len(one.answers)
-        stages = {stage: statistics.median(each[stage] for each in rounds) for stage in STAGES}
-        useful = self.about["useful_flops"] / stages["compute"]
-        products = self.about["product_flops_per_second"].get(one.job.dtype)
-        same_place = one.worker.ready["device"] == self.about["device_name"]
+        """The speed of one way; ratios are to the first backend of its dtype, round by round."""
+        rounds = [each for each in one.offline[way] if each]
+        totals = [each["total"] for each in rounds]
+        stages = {
+            stage: statistics.median(each["seconds"][stage] for each in rounds) for stage in STAGES
+        }
+        pairs = self.pairs(one, way)
+        ratios = [mine["total"] / theirs["total"] for mine, theirs in pairs]
+        compute_ratios = [mine["seconds"]["compute"] / theirs["seconds"]["compute"]
+                          for mine, theirs in pairs]  # fmt: skip
+        asked, seconds = len(one.answers), statistics.median(totals)
+        # Streamed, the devices work while the host does: what counts is everything.
+        busy = seconds if way == "streamed" else stages["compute"]
         return {
-            "rounds": rounds,
-            "seconds": statistics.median(totals),
-            "questions_per_second": asked / statistics.median(totals),
+            "rounds": [each["seconds"] for each in rounds],
+            "totals": totals,
+            "seconds": seconds,
+            "questions_per_second": asked / seconds,
             "lowest": asked / max(totals),
             "highest": asked / min(totals),
             "stages": stages,
-            "useful_flops_per_second": useful,
-            "share_of_products": useful / products if products and same_place else None,
+            "host_share": 1 - stages["compute"] / seconds if way != "streamed" else None,
+            **self.useful(one, self.about["useful_flops"] / busy),
             "slower_than_first": statistics.median(ratios) if ratios else None,
             "compute_slower_than_first": statistics.median(compute_ratios) if ratios else None,
         }
+
+    def pairs(self, one: Contestant, way: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Rounds of a backend and, side by side, of the first one of its dtype on its device."""
+        alike = (each for each in self.contestants if each.job.dtype == one.job.dtype)
+        first = next(each for each in alike if any(each.offline.get(way, ())))
+        if one.worker.ready["device"] != first.worker.ready["device"]:
+            return []
+        both = zip(one.offline[way], first.offline[way], strict=False)
+        return [(mine, theirs) for mine, theirs in both if mine and theirs]
+
+    def useful(self, one: Contestant, rate: float) -> dict[str, Any]:
+        """A rate of useful FLOP/s, and its share of that of a large product there."""
+        products = self.about["product_flops_per_second"].get(one.job.dtype)
+        same_place = one.worker.ready["device"] == self.about["device_name"]
+        share = rate / products if products and same_place else None
+        return {"useful_flops_per_second": rate, "share_of_products": share}
+
+    def step(self, one: Contestant) -> dict[str, Any] | None:
+        """The largest batch alone; None of a backend that has none."""
+        if not one.step:
+            return None
+        n_devices = one.usage.get("about", {}).get("devices", 1)
+        return one.step | self.useful(
+            one, one.step["useful_flops"] / one.step["seconds"] / n_devices
+        )
 
     def latencies(self, one: Contestant) -> dict[str, Any] | None:
         """Of the scenario `single`, in seconds; `stages` are of a question on average."""
@@ -327,18 +358,18 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{share}": percentile(values, share) for share in (50, 90, 99)}
 
 
-def question_word(question: squad.SquadExample) -> str:
+def question_word(question: SquadExample) -> str:
     """Its question word."""
     words = question.question.lower().split()
     return next((word for word in words if word in QUESTION_WORDS), "other")
 
 
-def answer_length(question: squad.SquadExample) -> str:
+def answer_length(question: SquadExample) -> str:
     words = min((len(answer.split()) for answer in question.answers), default=0)
     return next(label for end, label in ANSWER_LENGTHS if words <= end)
 
 
-def context_length(question: squad.SquadExample) -> str:
+def context_length(question: SquadExample) -> str:
     words = len(question.context.split())
     return next(label for end, label in CONTEXT_LENGTHS if words <= end)
 
@@ -352,7 +383,7 @@ CONTEXT_LENGTHS = (
     (99, "up to 99 words"), (149, "100 to 149 words"), (199, "150 to 199 words"),
     (299, "200 to 299 words"), (math.inf, "300 words or more"),
 )  # fmt: skip
-GROUPS: tuple[tuple[str, Callable[[squad.SquadExample], str], Sequence[str]], ...] = (
+GROUPS: tuple[tuple[str, Callable[[SquadExample], str], Sequence[str]], ...] = (
     ("question word", question_word, (*QUESTION_WORDS, "other")),
     ("shortest right answer", answer_length, [label for _, label in ANSWER_LENGTHS]),
     ("length of the context", context_length, [label for _, label in CONTEXT_LENGTHS]),

@@ -14,62 +14,91 @@ import dataclasses
 import datetime
 import fcntl
 import hashlib
-import importlib.metadata
 import io
 import json
 import os
-import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import squad
-from eval.config import EvalConfig, Subject
 from flaxqa import answers, features, files, reader
 from flaxqa.answers import Answer, Answers
-from flaxqa.errors import DataError, TryAgain
-from flaxqa.features import default_question_limit
+from flaxqa.config import ReaderOptions
+from flaxqa.errors import TryAgain
 from flaxqa.profile import Profile
 from flaxqa.progress import Progress, Silence
 from flaxqa.reader import Reader, Spent
 
+from . import environment, questions, squad
+from .config import EvalConfig
+from .questions import Data, SquadExample
+
 PACKAGES = ("flaxqa", "jax", "jaxlib", "flax", "numpy", "tokenizers", "safetensors")
 
 
-def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, Any]:
+def evaluate(
+    config: EvalConfig,
+    progress: Progress | None = None,
+    given: tuple[Data, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Runs the evaluation, writes its files and returns the content of `metrics.json`.
+
+    Args:
+      config: what is evaluated, and how.
+      progress: is told how it goes.
+      given: the questions and where they are from, where they are there already.
 
     Raises:
       UsageError, DataError, ModelRejected: before anything is computed; see there.
       TryAgain: the output cannot be written, or the hub cannot be reached.
     """
     progress = progress or Silence()
-    began = datetime.datetime.now(datetime.UTC)
-    default_question_limit(config.max_length, config.doc_stride, config.windows)  # or refuses
+    began = now()
     output = files.writable_directory(config.output)
     progress.stage("reading questions")
-    (questions, v2), data_source = read_data(config)
+    data, source = given or questions.read_with_source(config.data, config)
+    data = data._replace(questions=data.questions[: config.limit])
     progress.stage("loading the checkpoint")
     loading = time.perf_counter()
-    loaded = reader.load(
-        config.model,
-        revision=config.revision,
-        dtype=config.dtype,
-        parallel=config.parallel,
-        devices=config.devices,
-        batch_tokens=config.batch_tokens,
-        max_length=config.max_length,
-        doc_stride=config.doc_stride,
-        windows=config.windows,
-        matmul_precision=config.matmul_precision,
-        kernels=config.kernels,
-    )
-    checkpoint, predictor = loaded.checkpoint, loaded.predictor
+    loaded = reader.load(config.model, revision=config.revision, **config.of(ReaderOptions))
     load_seconds = time.perf_counter() - loading
-    run: dict[str, Any] = {
+    run = describe(config, loaded, data, source)
+    with Partial(output / ".partial.jsonl", run_key(run)) as partial:
+        resumed = len(partial.rows)
+        progress.begin(len(data.questions), resumed)
+        left = data.questions[resumed:]  # which begins where a chunk does
+        with Profile(config.profile) as profile:
+            advance = profile.after(progress.advance)
+            for found, took in answers_of(left, loaded, config, advance):
+                partial.append(found, took)
+    progress.stage("scoring")
+    scoring = time.perf_counter()
+    predictions, scores, of_v2 = scored(data, partial.rows, config)
+    metrics = results(scores, partial.rows, partial.spent, config) | of_v2
+    metrics["score_seconds"] = time.perf_counter() - scoring
+    metrics["compile_seconds"] = loaded.predictor.compile_seconds
+    metrics["load_seconds"] = load_seconds
+    metrics["resumed_questions"] = resumed
+    metrics["peak_memory_bytes"] = environment.peak_memory()
+    run["shapes"] = [shape._asdict() for shape in loaded.predictor.shapes]
+    run["started"], run["finished"] = began, now()
+    write(output, data, partial.rows, predictions, scores, metrics, run)
+    partial.path.unlink()
+    return metrics
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def describe(
+    config: EvalConfig, loaded: Reader, data: Data, source: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides the results, and what the run is made on: the content of `run.json`."""
+    checkpoint, predictor = loaded.checkpoint, loaded.predictor
+    return {
         "config": dataclasses.asdict(config),
         "model": {
             "directory": str(checkpoint.directory),
@@ -78,86 +107,48 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
             "ignored_tensors": dict(checkpoint.ignored),
         },
         "data": {
-            **data_source,
-            "version": squad.VERSION_2 if v2 else squad.VERSION,
-            "questions_sha256": squad.sha256(questions),
+            **source,
+            "version": questions.VERSION_2 if data.v2 else questions.VERSION,
+            "questions_sha256": questions.sha256(data.questions),
         },
         "decoder": config.decoder,
+        "windows": {
+            "max_length": loaded.max_length,
+            "doc_stride": loaded.doc_stride,
+            "kind": loaded.windows,
+        },
         "platform": {
             "dtype": str(checkpoint.model.dtype),
             "backend": predictor.devices[0].platform,
             "device_kind": predictor.devices[0].device_kind,
             "devices": len(predictor.devices),
             **predictor.computed_by,
-            "machine": platform.machine(),
-            "system": platform.system(),
-            "python": platform.python_version(),
-            "cpus": os.cpu_count(),
+            **environment.machine(),
         },
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": environment.versions(PACKAGES),
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
             if name.startswith(("JAX_", "XLA_")) and "DIR" not in name
         },
     }
-    with Partial(output / ".partial.jsonl", run_key(run)) as partial:
-        rows, spent, resumed = partial.rows, partial.spent, len(partial.rows)
-        progress.begin(len(questions), resumed)
-        left = questions[resumed:]  # which begins where a chunk does
-        with Profile(config.profile) as profile:
-            advance = profile.after(progress.advance)
-            for found, took in answers_of(left, loaded, config, advance):
-                partial.append(found, took)
-    progress.stage("scoring")
-    scoring = time.perf_counter()
-    threshold = config.null_score_diff_threshold if v2 else None
-    predictions = best_texts(questions, rows, threshold)
-    scores = squad.score(questions, predictions, v2=v2)
-    metrics = results(scores, rows, spent, config)
-    if v2:
-        metrics |= {
-            name: value for name, value in scores.by_answer().items() if name.startswith(("H", "N"))
-        }
-        spoken = best_texts(questions, rows, None)
-        metrics |= squad.best_thresholds(
-            squad.score(questions, spoken, v2=True), spoken, null_odds(questions, rows)
-        )
-    metrics["score_seconds"] = time.perf_counter() - scoring
-    metrics["compile_seconds"] = predictor.compile_seconds
-    metrics["load_seconds"] = load_seconds
-    metrics["resumed_questions"] = resumed
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    metrics["peak_memory_bytes"] = peak * (1 if sys.platform == "darwin" else 1024)
-    run["shapes"] = [shape._asdict() for shape in predictor.shapes]
-    run["started"] = began.isoformat(timespec="seconds")
-    run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write(output, questions, rows, predictions, scores, metrics, run, v2=v2)
-    partial.path.unlink()
-    return metrics
 
 
-def read_data(config: Subject) -> tuple[squad.Data, dict[str, Any]]:
-    """The questions, cut to `limit`, and where they came from."""
-    path = files.local(config.data)
-    source: dict[str, Any] = {"name": config.data}
-    try:
-        is_file, is_there = path.is_file(), path.exists()
-    except OSError as error:  # a name too long, a folder that may not be entered
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    if is_file:
-        content = squad.read_bytes(path)
-        data = squad.parse(squad.loads(content, path), str(path))
-        source["sha256"] = hashlib.sha256(content).hexdigest()
-    elif is_there or path.suffix == ".json" or config.data.startswith((".", "/", "~")):
-        raise DataError(f"{path} is {'not a file' if is_there else 'missing'}")
-    else:
-        data, commit = squad.read_hub(
-            config.data, split=config.split, revision=config.data_revision
-        )
-        source |= {"split": config.split, "commit": commit}
-    source["questions"] = len(data.questions)
-    return data._replace(questions=data.questions[: config.limit]), source
+def scored(
+    data: Data, rows: Sequence[Answers], config: EvalConfig
+) -> tuple[dict[str, str], squad.Scores, dict[str, float]]:
+    """The predictions, their scores, and what SQuAD 2.0 has besides."""
+    threshold = config.null_score_diff_threshold if data.v2 else None
+    predictions = best_texts(data.questions, rows, threshold)
+    scores = squad.score(data.questions, predictions, v2=data.v2)
+    if not data.v2:
+        return predictions, scores, {}
+    by_answer = {k: v for k, v in scores.by_answer().items() if k.startswith(("H", "N"))}
+    spoken = best_texts(data.questions, rows, None)
+    best = squad.best_thresholds(
+        squad.score(data.questions, spoken, v2=True), spoken, null_odds(data.questions, rows)
+    )
+    return predictions, scores, by_answer | best
 
 
 def run_key(run: dict[str, Any]) -> str:
@@ -170,7 +161,7 @@ def run_key(run: dict[str, Any]) -> str:
 
 
 def answers_of(
-    questions: Sequence[squad.SquadExample],
+    asked: Sequence[SquadExample],
     loaded: Reader,
     config: EvalConfig,
     advance: Callable[[int, int], None],
@@ -179,7 +170,7 @@ def answers_of(
     n = {"spans": "top_k", "squad": "n_best"}[config.decoder]
     options = {n: config.n_best, "max_answer_length": config.max_answer_length}
     decode = answers.Decoder(config.decoder, **options)
-    chunks = reader.chunks(questions, size_of=features.characters)
+    chunks = reader.chunks(asked, size_of=features.characters)
     return loaded.answer_chunks(chunks, decode, advance)
 
 
@@ -303,7 +294,7 @@ def results(
 
 
 def best_texts(
-    questions: Sequence[squad.SquadExample], rows: Sequence[Answers], threshold: float | None
+    asked: Sequence[SquadExample], rows: Sequence[Answers], threshold: float | None
 ) -> dict[str, str]:
     """The official predictions: {id: text}, none for a question that was set aside.
 
@@ -315,48 +306,47 @@ def best_texts(
 
     return {
         question.id: row[0].text if row and not abstains(row) else ""
-        for question, row in zip(questions, rows, strict=True)
+        for question, row in zip(asked, rows, strict=True)
         if row.error is None
     }
 
 
-def null_odds(questions: Sequence[squad.SquadExample], rows: Sequence[Answers]) -> dict[str, float]:
+def null_odds(asked: Sequence[SquadExample], rows: Sequence[Answers]) -> dict[str, float]:
     """{id: null odds}, as run_qa's null_odds.json; the largest float where there is no answer."""
     return {
         question.id: min(row.null_odds, sys.float_info.max)
-        for question, row in zip(questions, rows, strict=True)
+        for question, row in zip(asked, rows, strict=True)
         if row.error is None
     }
 
 
 def write(
     output: Path,
-    questions: Sequence[squad.SquadExample],
+    data: Data,
     rows: Sequence[Answers],
     predictions: dict[str, str],
     scores: squad.Scores,
     metrics: dict[str, Any],
     run: dict[str, Any],
-    *,
-    v2: bool,
 ) -> None:
     """Writes every file whole; `run.json` last, an old one having been taken away first."""
+    asked = data.questions
     (output / "run.json").unlink(missing_ok=True)
     answered = {
-        question.id: row for question, row in zip(questions, rows, strict=True) if row.error is None
+        question.id: row for question, row in zip(asked, rows, strict=True) if row.error is None
     }
     nbest = {example_id: n_best(row) for example_id, row in answered.items()}
     errors = [
         {"id": question.id, "reason": row.error}
-        for question, row in zip(questions, rows, strict=True)
+        for question, row in zip(asked, rows, strict=True)
         if row.error is not None
     ]
     files.write_whole(output / "predictions.json", as_json(predictions))
     files.write_whole(output / "nbest_predictions.json", as_json(nbest))
-    table = parquet(questions, rows, predictions, scores)
+    table = parquet(asked, rows, predictions, scores)
     files.write_whole(output / "per_example.parquet", table)
     optional = {
-        "null_odds.json": as_json(null_odds(questions, rows)) if v2 else None,
+        "null_odds.json": as_json(null_odds(asked, rows)) if data.v2 else None,
         "errors.jsonl": "".join(json.dumps(error) + "\n" for error in errors).encode() or None,
     }
     for name, content in optional.items():
@@ -389,7 +379,7 @@ def as_json(content: Any) -> bytes:
 
 
 def parquet(
-    questions: Sequence[squad.SquadExample],
+    asked: Sequence[SquadExample],
     rows: Sequence[Answers],
     predictions: dict[str, str],
     scores: squad.Scores,
@@ -405,11 +395,11 @@ def parquet(
 
     table = pyarrow.table(
         {
-            "id": [question.id for question in questions],
-            "question": [valid(question.question) for question in questions],
-            "answers": [list(map(valid, question.answers)) for question in questions],
+            "id": [question.id for question in asked],
+            "question": [valid(question.question) for question in asked],
+            "answers": [list(map(valid, question.answers)) for question in asked],
             "prediction": pyarrow.array(
-                [predictions.get(question.id) for question in questions], pyarrow.string()
+                [predictions.get(question.id) for question in asked], pyarrow.string()
             ),
             "start": pyarrow.array(column("start"), pyarrow.int64()),
             "end": pyarrow.array(column("end"), pyarrow.int64()),

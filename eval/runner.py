@@ -1,6 +1,6 @@
 """The side that is measured: a backend and the questions, in a process of its own.
 
-`eval.compare` asks it, a command after the other; see there for what they are for.
+`flaxqa.eval.compare` asks it, a command after the other; see there for what they are for.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
-import resource
-import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from eval import backends, worker
-from flaxqa import answers, features
+from flaxqa import answers, features, tokens
 from flaxqa.features import Example, Feature
 from flaxqa.spans import Logits
+
+from . import backends, environment, worker
 
 STAGES = ("tokenize", "compute", "decode")
 AUDITED = 8  # windows that are asked again
@@ -36,12 +34,13 @@ class Job:
     """What a worker needs to know.
 
     Attributes:
-      backend: of `eval.backends`.
+      backend: of `flaxqa.eval.backends`.
       dtype: of weights and operands.
       model: directory of the checkpoint.
       questions: file with the questions.
       length: tokens of the longest window.
       threads: of the process.
+      folder: where what is made of the checkpoint lies, for all workers.
       seed: of all that is drawn.
       device: "cpu", "gpu" or "tpu", where it is to compute if it can.
     """
@@ -52,6 +51,7 @@ class Job:
     questions: str
     length: int
     threads: int
+    folder: str
     seed: int = 0
     device: str = "cpu"
 
@@ -60,11 +60,22 @@ class Job:
         return f"{self.backend}/{self.dtype}"
 
 
+@dataclasses.dataclass
+class Took:
+    """Seconds: of everything, and of each stage; streamed, stages go on side by side."""
+
+    total: float = 0.0
+    stages: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    def add(self, other: Took) -> None:
+        self.total += other.total
+        self.stages = {stage: self.stages[stage] + other.stages[stage] for stage in STAGES}
+
+
 class Runner:
     """A backend and the questions, in the process that measures it."""
 
     def __init__(self, job: Job):
-        from flaxqa import checkpoint
 
         if job.device == "auto":
             import jax
@@ -73,11 +84,10 @@ class Runner:
         self.job = job
         rows = json.loads(Path(job.questions).read_bytes())
         self.examples = [Example(**row) for row in rows]
-        self.tokenizer = checkpoint.load_tokenizer(Path(job.model))[0]
+        self.tokenizer = tokens.load_tokenizer(Path(job.model))[0]
         kind = backends.backend_of(job.backend)
         kind.device = job.device if job.device in kind.devices else "cpu"
-        folder = tempfile.mkdtemp()  # below that of the worker, with which it goes
-        prepared = kind.prepare(job.model, job.dtype, folder)
+        prepared = kind.prepare(job.model, job.dtype, job.folder)
         began = time.perf_counter()
         self.backend = kind(prepared, job.dtype, job.threads)
         self.backend.length = job.length
@@ -100,9 +110,12 @@ class Runner:
 
     def answer(
         self, examples: Sequence[Example], way: str
-    ) -> tuple[list[str], Sequence[Logits], dict[str, float]]:
-        """Answers, the logits they come from, and the seconds of each stage."""
+    ) -> tuple[list[str], Sequence[Logits], Took]:
+        """Answers, the logits they come from if they are told, and the time it took."""
         times = [time.perf_counter()]
+        if way == "streamed":
+            found, stages = self.backend.stream(examples)
+            return found, (), Took(time.perf_counter() - times[0], stages)
         windows = self.windows(examples)
         times.append(time.perf_counter())
         logits = self.backend.run(windows, way)
@@ -110,7 +123,8 @@ class Runner:
         found = self.decode(examples, windows, logits)
         times.append(time.perf_counter())
         seconds = (after - before for before, after in itertools.pairwise(times))
-        return found, logits, dict(zip(STAGES, seconds, strict=True))
+        stages = dict(zip(STAGES, seconds, strict=True))
+        return found, logits, Took(times[-1] - times[0], stages)
 
     def wrong(self, examples: Sequence[Example], found: Sequence[str]) -> int:
         """How many answers are not those of the accuracy run."""
@@ -121,32 +135,37 @@ class Runner:
 
     def accuracy(self, path: str) -> dict[str, Any]:
         """Answers everything; the logits go into a file."""
-        found, logits, _ = self.answer(self.examples, "tuned")
+        found, logits, took = self.answer(self.examples, "tuned")
         self.right = {one.id: text for one, text in zip(self.examples, found, strict=True)}
         np.savez(
             path,
             start=np.concatenate([one.start for one in logits]),
             end=np.concatenate([one.end for one in logits]),
         )
-        return {"answers": self.right}
+        return {"answers": self.right, "seconds": took.total}
 
     def offline(self, way: str, seconds: float) -> dict[str, Any]:
         """Answers everything at once, again and again for so long: seconds of one time."""
-        passes: list[dict[str, float]] = []
+        if way == "streamed" and not self.backend.streams:
+            return {}
+        sums, passes = Took(), 0
         wrong, began = 0, time.perf_counter()
         while not passes or time.perf_counter() - began < seconds:
             found, _, took = self.answer(self.examples, way)
-            passes.append(took)
+            sums.add(took)
+            passes += 1
             wrong += self.wrong(self.examples, found)
         return {
             "elapsed": time.perf_counter() - began,
-            "seconds": {stage: statistics.mean(took[stage] for took in passes) for stage in STAGES},
-            "queries": len(passes) * len(self.examples),
+            "total": sums.total / passes,
+            "seconds": {stage: each / passes for stage, each in sums.stages.items()},
+            "queries": passes * len(self.examples),
             "wrong": wrong,
         }
 
     def warm(self, way: str) -> dict[str, Any]:
-        self.answer(self.examples, way)
+        if way != "streamed" or self.backend.streams:
+            self.answer(self.examples, way)
         return {}
 
     def single(self, seconds: float, queries: int) -> dict[str, Any]:
@@ -155,7 +174,7 @@ class Runner:
         for index in order[:3]:
             self.answer([self.examples[index]], "tuned")
         latencies: list[float] = []
-        stages: list[dict[str, float]] = []
+        sums = Took()
         wrong, elapsed, began = 0, 0.0, time.perf_counter()
         for index in itertools.cycle(order.tolist()):
             elapsed = time.perf_counter() - began
@@ -163,15 +182,15 @@ class Runner:
                 break
             example = self.examples[index]
             found, _, took = self.answer([example], "tuned")
-            latencies.append(sum(took.values()))
-            stages.append(took)
+            latencies.append(took.total)
+            sums.add(took)
             wrong += self.wrong([example], found)
         return {
             "elapsed": elapsed,
             "latencies": latencies,
             "queries": len(latencies),
             "wrong": wrong,
-            "stages": {stage: sum(took[stage] for took in stages) for stage in STAGES},
+            "stages": sums.stages,
         }
 
     def server(self, rate: float, seconds: float, queries: int) -> dict[str, Any]:
@@ -181,7 +200,7 @@ class Runner:
         arrivals = np.cumsum(rng.exponential(1 / rate, number))
         asked = rng.integers(0, len(self.examples), number)
         latencies: list[float] = []
-        stages = dict.fromkeys(STAGES, 0.0)
+        sums = Took()
         wrong, began, done = 0, time.perf_counter(), 0
         while done < number:
             now = time.perf_counter() - began
@@ -191,13 +210,13 @@ class Runner:
             here = min(int(np.searchsorted(arrivals, now, "right")), done + SERVED_AT_ONCE)
             some = [self.examples[index] for index in asked[done:here]]
             found, _, took = self.answer(some, "tuned")
-            stages = {stage: stages[stage] + took[stage] for stage in STAGES}
+            sums.add(took)
             ended = time.perf_counter() - began
             latencies += (ended - arrivals[done:here]).tolist()
             wrong += self.wrong(some, found)
             done = here
         return {"latencies": latencies, "queries": number, "wrong": wrong, "rate": rate,
-                "stages": stages}  # fmt: skip
+                "stages": sums.stages}  # fmt: skip
 
     def audit(self) -> dict[str, Any]:
         """Whether what was computed before is computed again, as MLPerf's test of caching asks.
@@ -240,6 +259,10 @@ class Runner:
             took.append(time.perf_counter() - began)
         return {"tokens_per_second": batch * length / min(took)}
 
+    def step(self) -> dict[str, Any]:
+        """The largest batch alone, again and again; see `Backend.step`."""
+        return self.backend.step(self.windows(self.examples))
+
     def products(self) -> dict[str, float]:
         """FLOP/s of a large matrix product on JAX's device, by dtype."""
         return {dtype: backends.product_rate(dtype) for dtype in ("bfloat16", "float32")}
@@ -256,9 +279,8 @@ class Runner:
 
     def usage(self) -> dict[str, Any]:
         """What it took in memory, and how it computes."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
-            "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+            "peak_memory_bytes": environment.peak_memory(),
             "device_memory_bytes": self.backend.device_memory(),
             "about": self.backend.about(),
         }
@@ -266,7 +288,7 @@ class Runner:
 
 COMMANDS = (
     "accuracy", "offline", "warm", "single", "server", "audit", "sweep", "products", "usage",
-    "profile",
+    "profile", "step",
 )  # fmt: skip
 
 
@@ -285,7 +307,7 @@ def serve(job: Job) -> None:
 
         ready = {name: getattr(runner, name) for name in ("load_seconds", "first_call_seconds")}
         ready |= {"device": runner.backend.where(), "platform": runner.job.device}
-        ready["traceable"] = runner.backend.traceable
+        ready |= {name: getattr(runner.backend, name) for name in ("traceable", "streams")}
         return ready, answer
 
     worker.serve(start, backends.backend_of(job.backend).needs)

@@ -1,4 +1,4 @@
-"""SQuAD v1.1 and 2.0: their files, and the official metrics with their quirks, per question.
+"""The official metrics of SQuAD v1.1 and 2.0 with their quirks, per question.
 
 Sources of the metrics: evaluate-v1.1.py of Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250,
 and evaluate-v2.0.py of Rajpurkar et al. 2018, https://arxiv.org/abs/1806.03822. Their quirks are
@@ -12,195 +12,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import json
 import math
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from flaxqa import files
-from flaxqa.errors import DataError, TryAgain, all_problems
-from flaxqa.features import Example
+from flaxqa.errors import DataError, UsageError, all_problems
 
-VERSION = "1.1"
-VERSION_2 = "v2.0"
+from .questions import SquadExample
+
 RESAMPLES = 10_000
 SEED = 0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SquadExample(Example):
-    """A question with the answers that count as right; in SQuAD 2.0 there may be none."""
-
-    answers: tuple[str, ...]
-
-
-class Data(NamedTuple):
-    """The questions of a data set, and whether they are scored as SQuAD 2.0."""
-
-    questions: list[SquadExample]
-    v2: bool
-
-
-# -------------------------------------------------------------------------------------- examples
-
-
-def read(path: str | Path) -> Data:
-    """The questions of a SQuAD v1.1 or 2.0 JSON file, in its order; see `parse`."""
-    return parse(loads(read_bytes(path), path), str(path))
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a file.
-
-    Raises:
-      DataError: it cannot be read.
-    """
-    try:
-        return files.read_named(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def loads(content: bytes, path: str | Path) -> Any:
-    """JSON, of a file.
-
-    Raises:
-      DataError: it is not JSON.
-    """
-    try:
-        return json.loads(content)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-
-
-def parse(content: Any, where: str) -> Data:
-    """The questions of a parsed SQuAD file.
-
-    It is taken as 2.0 if its version says so, or if a question says whether it `is_impossible`.
-
-    Raises:
-      DataError: it is not such a file, or has an id twice; names every place.
-    """
-    version = content.get("version") if isinstance(content, dict) else None
-    v2 = isinstance(version, str) and version.removeprefix("v").startswith("2")
-    problems: list[str] = []
-    no_answer = set()  # of the problems, those that are none in SQuAD 2.0
-    places: dict[str, str] = {}
-    found = []
-
-    def field(parent: Any, key: str, kind: type[list] | type[str], place: str) -> Any:
-        if isinstance(parent, dict) and isinstance(parent.get(key), kind):
-            return parent[key]
-        got = (
-            type(parent[key]).__name__ if isinstance(parent, dict) and key in parent else "missing"
-        )
-        noun = "a list" if kind is list else "a string"
-        problems.append(f"{place}{key} must be {noun}, it is {got}")
-        return kind()
-
-    for i, article in enumerate(field(content, "data", list, "")):
-        at = f"data[{i}]."
-        for j, paragraph in enumerate(field(article, "paragraphs", list, at)):
-            at = f"data[{i}].paragraphs[{j}]."
-            context = field(paragraph, "context", str, at)
-            for k, qa in enumerate(field(paragraph, "qas", list, at)):
-                at = f"data[{i}].paragraphs[{j}].qas[{k}]."
-                example_id = field(qa, "id", str, at)
-                question = field(qa, "question", str, at)
-                golds = [
-                    field(gold, "text", str, f"{at}answers[{n}].")
-                    for n, gold in enumerate(field(qa, "answers", list, at))
-                ]
-                v2 |= isinstance(qa, dict) and "is_impossible" in qa
-                if not golds:
-                    problems.append(
-                        f"{at}answers is empty: a question without an answer (as in SQuAD 2.0) "
-                        "has no v1.1 score"
-                    )
-                    no_answer.add(problems[-1])
-                if not is_unicode(example_id):
-                    problems.append(f"{at}id {example_id!a} has a lone surrogate")
-                if example_id in places:
-                    problems.append(f"{at}id {example_id!r} is also that of {places[example_id]}")
-                places[example_id] = at.rstrip(".")
-                found.append(SquadExample(example_id, question, context, tuple(golds)))
-    if v2:
-        problems = [problem for problem in problems if problem not in no_answer]
-    if not found and not problems:
-        problems.append("data holds no question")
-    if problems:
-        kind = "2.0" if v2 else "v1.1"
-        raise DataError(all_problems(f"{where} is not a SQuAD {kind} file", problems))
-    return Data(found, v2)
-
-
-def is_unicode(text: str) -> bool:
-    """Whether the text can be written as UTF-8, which a lone surrogate cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def read_hub(
-    name: str, *, split: str = "validation", revision: str | None = None
-) -> tuple[Data, str | None]:
-    """The questions of a hub data set in SQuAD's columns, and the commit they were read at.
-
-    It is taken as SQuAD 2.0 if a question has no answer.
-
-    Raises:
-      DataError: the data set has other columns or an id twice.
-      TryAgain: it is not in the cache and the hub cannot be reached.
-    """
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, split=split, revision=revision)
-    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise TryAgain(
-            f"the data set {name} cannot be loaded ({error}); name a SQuAD JSON file, or try again "
-            "online"
-        ) from error
-    except ValueError as error:
-        raise DataError(f"the data set {name}, split {split}: {error}") from error
-    if missing := {"id", "question", "context", "answers"} - set(rows.column_names):
-        raise DataError(f"the data set {name} has no column {', '.join(sorted(missing))}")
-    paragraphs = [
-        {
-            "context": row["context"],
-            "qas": [
-                {
-                    "id": row["id"],
-                    "question": row["question"],
-                    "answers": [{"text": text} for text in row["answers"]["text"]],
-                }
-            ],
-        }
-        for row in rows
-    ]
-    v2 = any(not row["answers"]["text"] for row in rows)
-    content = {"version": VERSION_2 if v2 else VERSION, "data": [{"paragraphs": paragraphs}]}
-    commits = re.findall(r"@([0-9a-f]{40})/", " ".join(rows.info.download_checksums or ()))
-    return parse(content, name), commits[0] if commits else None
-
-
-def sha256(questions: Iterable[SquadExample]) -> str:
-    """A hash of the questions themselves, the same for a file and a hub data set of one content."""
-    digest = hashlib.sha256()
-    for example in questions:
-        row = [example.id, example.question, example.context, *example.answers]
-        digest.update(json.dumps(row).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def read_predictions(path: str | Path) -> dict[str, str]:
@@ -233,7 +61,16 @@ def read_na_probs(path: str | Path) -> dict[str, float]:
 
 
 def read_object(path: str | Path, what: str, kinds: type | tuple[type, ...]) -> dict[str, Any]:
-    content = loads(read_bytes(path), path)
+    try:
+        content = json.loads(files.read_named(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} must be a JSON object of id to {what}")
     problems = [

@@ -17,9 +17,8 @@ import numpy as np
 from flax import nnx
 
 from flaxqa import checkpoint
-from flaxqa.checkpoint import Checkpoint
+from flaxqa.checkpoint import MODELS, Checkpoint
 from flaxqa.errors import UsageError
-from flaxqa.model import MODELS
 
 HEAD = 64  # channels of a head of BERT and DistilBERT
 

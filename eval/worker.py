@@ -12,11 +12,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flaxqa
+
 Told = dict[str, Any]
+
+
+class NotHere(RuntimeError):
+    """What a job needs is not on this machine: a kind of device."""
 
 
 class Worker:
@@ -25,6 +32,7 @@ class Worker:
     Attributes:
       ready: what it told first.
       absent: why it does not answer, None while it does.
+      failed: whether that is an error of its own, and not that something is not installed.
     """
 
     def __init__(
@@ -46,12 +54,12 @@ class Worker:
         self.folder = tempfile.TemporaryDirectory(prefix="flaxqa-")  # for all that it leaves
         with open(log if log is not None else os.devnull, "ab") as errors:
             self.process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", module, "--worker", json.dumps(dict(job))],
+                [sys.executable, "-P", "-m", module, "--worker", json.dumps(dict(job))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "TMPDIR": self.folder.name, **variables},
+                env=environment() | {"TMPDIR": self.folder.name, **variables},
             )
         self.absent: str | None = None
         self.ready = self.read()
@@ -59,8 +67,9 @@ class Worker:
     def read(self) -> Told:
         assert self.process.stdout is not None  # noqa: S101 (for the type checker)
         line = self.process.stdout.readline()
-        told: Told = json.loads(line) if line else {"absent": "the process ended"}
+        told: Told = json.loads(line) if line else {"absent": "the process ended", "failed": True}
         self.absent = told.get("absent", self.absent)
+        self.failed = told.get("failed", False)
         return told
 
     def ask(self, *message: Any) -> Told:
@@ -78,6 +87,13 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             self.process.communicate()
         self.folder.cleanup()
+
+
+def environment() -> dict[str, str]:
+    """That of a process that finds flaxqa where this one has, and nothing in its folder."""
+    root = str(Path(flaxqa.__file__).resolve().parents[1])
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, given), root])}
 
 
 def serve(start: Callable[[], tuple[Told, Callable[..., Told]]], needs: str = "") -> None:
@@ -101,5 +117,9 @@ def serve(start: Callable[[], tuple[Told, Callable[..., Told]]], needs: str = ""
     except ModuleNotFoundError as error:
         hint = f": pip install {needs}" if needs else ""
         tell({"absent": f"{error.name} is not installed{hint}"})
+    except NotHere as error:
+        tell({"absent": str(error)})
     except Exception as error:
-        tell({"absent": f"{type(error).__name__}: {error}".splitlines()[0]})
+        traceback.print_exc()  # into the log
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        tell({"absent": told, "failed": True})

@@ -1,6 +1,8 @@
 """Extractive question answering with DistilBERT and BERT on JAX and Flax.
 
-- `load(model)` gives a `Reader`: `answer`, `answers`, `answer_questions`, `search`.
+- `load(model)` gives a `Reader`: `answer`, `answers`, `answer_questions`, `search`;
+  `QuestionAnswerer` is one for other people's pipelines and data frames.
+- `evaluate(model, data)` scores a checkpoint, `compare(model, data, backends)` frameworks.
 - `pipeline("question-answering", model=...)` is the call of transformers 4.
 - `DistilBertForQuestionAnswering`, `BertForQuestionAnswering` are the models, with
   `from_pretrained`; `DistilBertTokenizer`, `BertTokenizer` go with them.
@@ -15,13 +17,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flaxqa.answerer import QuestionAnswerer
     from flaxqa.answers import Answer, Answers
+    from flaxqa.checkpoint import BertForQuestionAnswering, DistilBertForQuestionAnswering
+    from flaxqa.eval.api import compare, evaluate
     from flaxqa.features import Example
     from flaxqa.model import (
         BertConfig,
-        BertForQuestionAnswering,
         DistilBertConfig,
-        DistilBertForQuestionAnswering,
     )
     from flaxqa.pipelines import pipeline
     from flaxqa.reader import Reader, load
@@ -38,8 +41,11 @@ __all__ = [
     "DistilBertForQuestionAnswering",
     "DistilBertTokenizer",
     "Example",
+    "QuestionAnswerer",
     "Reader",
     "__version__",
+    "compare",
+    "evaluate",
     "load",
     "pipeline",
 ]
@@ -48,13 +54,16 @@ MODULES = {
     "Answer": "flaxqa.answers",
     "Answers": "flaxqa.answers",
     "BertConfig": "flaxqa.model",
-    "BertForQuestionAnswering": "flaxqa.model",
+    "BertForQuestionAnswering": "flaxqa.checkpoint",
     "BertTokenizer": "flaxqa.tokenizer",
     "DistilBertConfig": "flaxqa.model",
-    "DistilBertForQuestionAnswering": "flaxqa.model",
+    "DistilBertForQuestionAnswering": "flaxqa.checkpoint",
     "DistilBertTokenizer": "flaxqa.tokenizer",
     "Example": "flaxqa.features",
+    "QuestionAnswerer": "flaxqa.answerer",
     "Reader": "flaxqa.reader",
+    "compare": "flaxqa.eval.api",
+    "evaluate": "flaxqa.eval.api",
     "load": "flaxqa.reader",
     "pipeline": "flaxqa.pipelines",
 }

@@ -33,8 +33,8 @@ from jaxtyping import Array, Float, Int
 from flaxqa.model import accumulator
 
 if TYPE_CHECKING:
-    from flaxqa.inference import Ragged
     from flaxqa.model import EncoderConfig
+    from flaxqa.plan import Ragged
 
 Heads = Float[Array, "M N H"]
 PerToken = Int[Array, "M"]
@@ -236,7 +236,7 @@ def trial(
     kind: str, device: jax.Device, config: EncoderConfig, dtype: str, longest: int
 ) -> str | None:
     """Why a kind does not compute what it should on a device, or None: a tiny row, really run."""
-    from flaxqa.inference import row_of
+    from flaxqa.plan import row_of
 
     sizes = [min(length, longest) for length in (longest, 130, 1, 64)]
     row = row_of(sizes, tokens=-(-sum(sizes) // 256) * 256, windows=8)

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,13 @@ from jax.typing import DTypeLike
 
 from flaxqa import files, tokens, weights
 from flaxqa.errors import ModelRejected, TryAgain, UsageError, all_problems
-from flaxqa.model import MODELS, EncoderConfig, QuestionAnsweringModel, read_config
+from flaxqa.model import (
+    BertConfig,
+    DistilBertConfig,
+    EncoderConfig,
+    QuestionAnsweringModel,
+    read_config,
+)
 
 # PyTorch calls the array of every kind of layer `weight`; Flax names it by the kind.
 TORCH_NAME = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
@@ -44,22 +50,58 @@ MODULE_NAMES = {
     },
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-JSON_LIMIT = 16 << 20  # bytes; bert-base-uncased's tokenizer.json has 0.7 MB
-VOCABULARY_LIMIT = 8 << 20  # bytes; that of BERT for a hundred languages has 1 MB
-# Settings of tokenizer_config.json, and what the tokenizer calls them.
-NORMALIZER = {
-    "do_lower_case": "lowercase",
-    "strip_accents": "strip_accents",
-    "tokenize_chinese_chars": "handle_chinese_chars",
+
+
+class PretrainedModel(QuestionAnsweringModel):
+    """What both models have in common: weights from and to files."""
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, dtype: DTypeLike = "float32"
+    ) -> Self:
+        """The trained model of a local directory, or of a repository on the Hugging Face Hub.
+
+        Args:
+          name: a directory, or a hub id such as
+            `distilbert/distilbert-base-uncased-distilled-squad`.
+          revision: branch, tag or commit of the hub repository.
+          dtype: of the weights and of the products' operands: float32, bfloat16, float16, float64.
+
+        Raises:
+          ModelRejected: see `flaxqa.checkpoint.load`; or it is a checkpoint of another class.
+        """
+        model = load(name, revision=revision, dtype=dtype).model
+        if not isinstance(model, cls):
+            raise ModelRejected(f"{name} is a checkpoint of {type(model).__name__}")
+        return model
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors`, which transformers' torch class loads."""
+        save(self, directory)
+
+
+class DistilBertForQuestionAnswering(PretrainedModel):
+    """DistilBERT with a linear layer that scores every token as the answer's start and end.
+
+    A new model has random weights; `from_pretrained` gives a trained one.
+    """
+
+    config_class = DistilBertConfig
+
+
+class BertForQuestionAnswering(PretrainedModel):
+    """BERT with a linear layer that scores every token as the answer's start and end.
+
+    A new model has random weights; `from_pretrained` gives a trained one.
+    """
+
+    config_class = BertConfig
+
+
+MODELS: dict[type[EncoderConfig], type[PretrainedModel]] = {
+    DistilBertConfig: DistilBertForQuestionAnswering,
+    BertConfig: BertForQuestionAnswering,
 }
-TOKENIZER_CLASSES = (
-    None,
-    "BertTokenizer",
-    "BertTokenizerFast",
-    "DistilBertTokenizer",
-    "DistilBertTokenizerFast",
-)
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +117,7 @@ class Checkpoint:
       states: of the files before they were read, by name; see `flaxqa.files.state_of`.
     """
 
-    model: QuestionAnsweringModel
+    model: PretrainedModel
     config: EncoderConfig
     tokenizer: tokenizers.Tokenizer
     directory: Path
@@ -128,13 +170,13 @@ def load(
 
 def load_directory(directory: Path, commit: str | None, dtype: DTypeLike) -> Checkpoint:
     states = {path.name: files.state_of(path) for path in directory.iterdir()}
-    content = read_json(directory, "config.json")
+    content = weights.read_json(directory, "config.json")
     try:
         config = read_config(content)
     except ModelRejected as error:
         raise ModelRejected(f"{directory / 'config.json'}: {error}") from error
-    tokenizer, tokenizer_files = load_tokenizer(directory)
-    if problems := tokenizer_problems(tokenizer, config):
+    tokenizer, tokenizer_files = tokens.load_tokenizer(directory)
+    if problems := tokens.tokenizer_problems(tokenizer, config.vocab_size):
         raise ModelRejected(all_problems(f"{directory}: the tokenizer does not fit", problems))
     weight_files = weights.find(directory)
     tensors = weights.read(directory)
@@ -236,156 +278,6 @@ def fetch(repo_id: str, revision: str | None) -> tuple[Path, str]:
     return directory, directory.name
 
 
-def read_json(directory: Path, name: str) -> dict[str, Any]:
-    path = weights.inside(directory, name)
-    if path.stat().st_size > JSON_LIMIT:
-        raise ModelRejected(
-            f"{path} has {path.stat().st_size:,} bytes, more than the {JSON_LIMIT:,} that are read"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelRejected(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelRejected(f"{path} is not a JSON object")
-    return content
-
-
-# -------------------------------------------------------------------------------------- tokenizer
-
-
-def load_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
-    """The directory's tokenizer, and the names of the files that made it.
-
-    `tokenizer.json` is taken as it is but for the truncation and padding that its fine-tuning left
-    in it; of older checkpoints `vocab.txt` and the settings of `tokenizer_config.json`.
-
-    Raises:
-      ModelRejected: no tokenizer, a damaged one, one that is not BERT's, or two files that
-        contradict each other.
-    """
-    names = ["tokenizer_config.json"] if (directory / "tokenizer_config.json").exists() else []
-    content = read_json(directory, names[0]) if names else {}
-    settings = {key: content[key] for key in NORMALIZER if content.get(key) is not None}
-    for key, value in settings.items():
-        if not isinstance(value, bool):
-            raise ModelRejected(
-                f"{directory / names[0]}: {key} is {value!r}, it must be true or false"
-            )
-    if (directory / "tokenizer.json").exists():
-        names.append("tokenizer.json")
-        return read_tokenizer(directory, settings), names
-    if not (directory / "vocab.txt").exists():
-        raise ModelRejected(f"{directory} has neither tokenizer.json nor vocab.txt")
-    if (kind := content.get("tokenizer_class")) not in TOKENIZER_CLASSES:
-        raise ModelRejected(f"{directory / names[0]}: tokenizer_class {kind!r} is not computed")
-    path = weights.inside(directory, "vocab.txt")
-    if (size := path.stat().st_size) > VOCABULARY_LIMIT:
-        raise ModelRejected(f"{path} has {size:,} bytes, more than {VOCABULARY_LIMIT:,}")
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ModelRejected(f"{path} is not UTF-8: {error}") from error
-    vocab = {token.rstrip("\r"): index for index, token in enumerate(lines)}
-    if len(vocab) != len(lines):
-        raise ModelRejected(f"{path} has {len(lines) - len(vocab)} tokens twice")
-    names.append("vocab.txt")
-    return bert_tokenizer(vocab, **{NORMALIZER[key]: settings[key] for key in settings}), names
-
-
-def read_tokenizer(directory: Path, settings: Mapping[str, bool]) -> tokenizers.Tokenizer:
-    """`tokenizer.json`, without truncation and padding."""
-    content = read_json(directory, "tokenizer.json")
-    path = directory / "tokenizer.json"
-    if problems := tokens.unlike_bert(content):
-        raise ModelRejected(all_problems(f"{path} is not BERT's tokenizer", problems))
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of the Rust library is not an Exception
-        raise ModelRejected(f"{path} is not a tokenizer: {error}") from error
-    normalizer = content.get("normalizer") or {}
-    for key, value in settings.items():
-        stored = normalizer.get(NORMALIZER[key], value)
-        if stored is None:  # accents go with upper case
-            stored = normalizer.get("lowercase")
-        if stored is not value:
-            raise ModelRejected(
-                f"{path} has {NORMALIZER[key]} {stored}, tokenizer_config.json has {key} {value}"
-            )
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def bert_tokenizer(
-    vocab: Mapping[str, int],
-    *,
-    lowercase: bool = True,
-    strip_accents: bool | None = None,
-    handle_chinese_chars: bool = True,
-) -> tokenizers.Tokenizer:
-    """BERT's WordPiece tokenizer over a vocabulary.
-
-    Args:
-      vocab: {token: id}.
-      lowercase: whether upper case is made lower case.
-      strip_accents: whether accents are taken off letters; None does so where `lowercase` is set.
-      handle_chinese_chars: whether each Chinese character is a word.
-
-    Raises:
-      ModelRejected: one of SPECIAL_TOKENS is not in it.
-    """
-    if missing := [token for token in SPECIAL_TOKENS if token not in vocab]:
-        raise ModelRejected(f"the vocabulary has no {', '.join(missing)}")
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordPiece(vocab=dict(vocab), unk_token="[UNK]")  # noqa: S106 (no password)
-    )
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
-        lowercase=lowercase,
-        strip_accents=strip_accents,
-        handle_chinese_chars=handle_chinese_chars,
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = tokenizers.processors.BertProcessing(
-        ("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"])
-    )
-    tokenizer.decoder = tokenizers.decoders.WordPiece()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    return tokenizer
-
-
-def tokenizer_problems(tokenizer: tokenizers.Tokenizer, config: EncoderConfig) -> list[str]:
-    """What would make the tokenizer's ids mean something else to the model; empty when all is well.
-
-    An id past the embedding table is no error to a device: it reads NaN or the last row.
-    """
-    vocab = tokenizer.get_vocab(with_added_tokens=True)
-    needed = ("[UNK]", "[CLS]", "[SEP]")
-    problems = [f"it has no {token}" for token in needed if token not in vocab]
-    if len(vocab) != config.vocab_size:
-        problems.append(
-            f"it has {len(vocab)} tokens, the config has vocab_size {config.vocab_size}"
-        )
-    elif max(vocab.values()) >= config.vocab_size:
-        problems.append(f"its largest id is {max(vocab.values())}, past the vocabulary")
-    if not problems:
-        # Two words and a character that hardly any vocabulary has.
-        pair = ("who", "where \U00010fff")
-        cls, sep = vocab["[CLS]"], vocab["[SEP]"]
-        try:
-            a, b = (tokenizer.encode(text, add_special_tokens=False).ids for text in pair)
-            whole = tokenizer.encode(*pair).ids
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic of the Rust library is not an Exception
-            return [f"it cannot tokenize {pair}: {error}"]
-        if whole != [cls, *a, sep, *b, sep]:
-            problems.append("it does not make [CLS] question [SEP] context [SEP]")
-    return problems
-
-
 # ----------------------------------------------------------------------------------------- tensors
 
 
@@ -400,7 +292,7 @@ def torch_key(path: tuple[Any, ...], model_type: str) -> str:
 
 def from_tensors(
     tensors: Mapping[str, np.ndarray], config: EncoderConfig, *, dtype: DTypeLike = "float32"
-) -> tuple[QuestionAnsweringModel, dict[str, str]]:
+) -> tuple[PretrainedModel, dict[str, str]]:
     """The model with these tensors cast to `dtype`, and the ones left out with the reason.
 
     Args:
@@ -451,7 +343,7 @@ def from_tensors(
     return nnx.merge(graphdef, nnx.from_flat_state(loaded)), ignored
 
 
-def abstract(config: EncoderConfig, dtype: DTypeLike) -> QuestionAnsweringModel:
+def abstract(config: EncoderConfig, dtype: DTypeLike) -> PretrainedModel:
     """The model with shapes and without arrays."""
     return nnx.eval_shape(lambda: MODELS[type(config)](config, dtype=dtype, rngs=nnx.Rngs(0)))
 
@@ -516,7 +408,11 @@ def save(
         normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
         settings = {
             # transformers takes its own default for what is left out, whatever tokenizer.json says.
-            **{key: normalizer[name] for key, name in NORMALIZER.items() if name in normalizer},
+            **{
+                key: normalizer[name]
+                for key, name in tokens.NORMALIZER.items()
+                if name in normalizer
+            },
             "tokenizer_class": type(model).__name__.removesuffix("ForQuestionAnswering")
             + "Tokenizer",
             "model_max_length": model.config.max_position_embeddings,

@@ -1,34 +1,108 @@
-"""What a batch run does, as one flat record: from a TOML file, the command line, or Python.
+"""Every option that is said more than once, with its text; and configs out of TOML files.
 
-Light to import: the command line builds its help from it.
+The command line builds its help from these classes, `flaxqa.load` and `Reader.answers` take their
+fields as keywords, and the configs of runs inherit them. Light to import.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
+import numbers
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from flaxqa import files
 from flaxqa.errors import UsageError, all_problems
 
 SHARD_SIZE = 10_000
+MAX_ANSWER_LENGTH = 30  # tokens
+OWN = Path(__file__).with_name("configs")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Options:
+    """Fields with their limits; those that cannot be are refused when one is made.
+
+    Attributes:
+      PATHS: fields that are paths.
+      COUNTS: fields that are integers of at least 1, or None.
+      SHARES: fields that are numbers from 0 to 1, or None.
+      POSITIVE: fields that are finite numbers above 0.
+      FINITE: fields that are finite numbers, or None.
+    """
+
+    PATHS: ClassVar[tuple[str, ...]] = ()
+    COUNTS: ClassVar[tuple[str, ...]] = ()
+    SHARES: ClassVar[tuple[str, ...]] = ()
+    POSITIVE: ClassVar[tuple[str, ...]] = ()
+    FINITE: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if problems := self.problems():
+            raise UsageError(all_problems("the options cannot be used", problems)
+                             if len(problems) > 1 else problems[0])  # fmt: skip
+
+    def problems(self) -> list[str]:
+        """What cannot be, a sentence each."""
+        found = []
+
+        def refuse(kind: str, fine: Callable[[Any], bool], wanted: str) -> None:
+            for name in self.named(kind):
+                value = getattr(self, name)
+                if value is not None and not fine(value):
+                    found.append(f"{name} is {value!r}, it must be {wanted}")
+
+        refuse("COUNTS", is_count, "an integer of at least 1")
+        refuse("SHARES", lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
+        refuse("POSITIVE", lambda value: is_number(value) and value > 0, "a number above 0")
+        refuse("FINITE", is_number, "a finite number")
+        return found
+
+    @classmethod
+    def named(cls, kind: str) -> tuple[str, ...]:
+        """The fields of a kind of limit, here and in all classes that these options are put of."""
+        every = [vars(each).get(kind, ()) for each in reversed(cls.__mro__)]
+        return tuple(dict.fromkeys(name for names in every for name in names))
+
+    def of(self, kind: type[Any]) -> dict[str, Any]:
+        """Those of the fields that another class has, as keywords."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def takes(kind: type[Any]) -> Callable[[Function], Function]:
+    """Shows the fields of a class in the signature of a function that takes them as keywords."""
+
+    def shown(function: Function) -> Function:
+        own = inspect.signature(function)
+        fields = inspect.signature(kind).parameters.values()
+        plain = [one for one in own.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        more = [one for one in fields if one.name not in own.parameters]
+        function.__signature__ = own.replace(parameters=[*plain, *more])  # type: ignore[attr-defined]
+        return function
+
+    return shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PredictConfig:
-    """Answers to any number of records."""
+class ModelOptions(Options):
+    """Which checkpoint."""
 
-    PATHS: ClassVar[tuple[str, ...]] = ("input", "output", "model", "profile")
-
-    input: tuple[str, ...]
-    """Files, folders, patterns (JSONL, CSV, Parquet, SQuAD JSON, .gz, .zst), or a hub data set."""
-
-    output: str
-    """Directory for the answers; made if missing. A run that was stopped goes on there."""
+    PATHS: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str
     """Checkpoint: a directory, or a hub id (distilbert/distilbert-base-uncased-distilled-squad)."""
@@ -36,17 +110,117 @@ class PredictConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
 
-    input_format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet"] = "auto"
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceOptions(Options):
+    """How and where it is computed."""
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("batch_tokens",)
+
+    matmul_precision: Literal["float32", "tensorfloat32", "bfloat16", "default"] = "float32"
+    """Of float32 products. JAX's own default is TF32 on NVIDIA and bfloat16 passes on TPU."""
+
+    kernels: Literal["auto", "native", "xla"] = "auto"
+    """What computes on a CPU: the C++ library that was compiled at installation, or XLA. auto is
+    the library where it can be used. On GPUs and TPUs xla leaves out fused attention."""
+
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How rows are split over devices: jit over a mesh, or pmap. The answers are the same."""
+
+    devices: int | None = None
+    """How many local devices to use; all of them when left out."""
+
+    batch_tokens: int | None = None
+    """Tokens of a batch on each device, never fewer than one window has; what suits the device when
+    left out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReaderOptions(DeviceOptions):
+    """How a reader cuts windows, and how and where it computes."""
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("max_length",)
+
+    max_length: int | None = None
+    """Tokens of a window: question, part of the context and three special tokens; 384, or the
+    checkpoint's positions if those are fewer."""
+
+    doc_stride: int | None = None
+    """Context tokens that neighbouring windows share, with mlperf by which they advance; 128, or
+    half a window if that is less."""
+
+    windows: Literal["overlap", "mlperf"] = "overlap"
+    """How a long context is cut: as run_qa does, or as BERT's run_squad.py and MLPerf do."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    """Of weights and operands; sums, norms and softmax are float32 in any case. auto is bfloat16 on
+    GPUs and TPUs, float32 on CPUs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerOptions(Options):
+    """How answers are chosen, by the rule `spans` of `flaxqa.answers`."""
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("top_k", "max_answer_length")
+    SHARES: ClassVar[tuple[str, ...]] = ("min_score", "no_answer_threshold")
+
+    top_k: int = 1
+    """How many answers to give at most, best first. A larger number never changes the first."""
+
+    max_answer_length: int = MAX_ANSWER_LENGTH
+    """Tokens of the longest answer, before it is widened to whole words."""
+
+    align_to_words: bool = True
+    """Whether an answer is widened to whole words."""
+
+    overlapping: bool = False
+    """Whether an answer may share characters with a better one."""
+
+    min_score: float = 0.0
+    """Leave out answers with a lower score."""
+
+    no_answer_threshold: float | None = None
+    """Give no answer where the score of "no answer" is above this; 0.5 suits SQuAD 2.0's models.
+    Models that know no unanswerable questions are never asked."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """What the questions are in."""
+
+    input_format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "mrqa"] = (
+        "auto"
+    )
     """What all files are; auto goes by their names. json is SQuAD data or an array of objects."""
 
-    split: str = "train"
-    """Split of a hub data set."""
+    split: str | None = None
+    """Split of a hub data set, or of one that save_to_disk wrote; train for predict, otherwise
+    validation."""
+
+    data_config: str | None = None
+    """Configuration of a hub data set that has several."""
 
     data_revision: str | None = None
     """Branch, tag or commit of a hub data set."""
 
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     """What the columns id, question and context are called: id=qid context=passage."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictConfig(ReaderOptions, AnswerOptions, DataOptions, ModelOptions):
+    """Answers to any number of records."""
+
+    PATHS: ClassVar[tuple[str, ...]] = ("input", "output", "profile")
+    COUNTS: ClassVar[tuple[str, ...]] = ("shard_size", "max_context_chars")
+    SHARES: ClassVar[tuple[str, ...]] = ("max_errors",)
+
+    input: tuple[str, ...]
+    """Files, folders, patterns (JSONL, CSV, Parquet, Arrow, SQuAD or MRQA JSON, .gz, .zst), what
+    save_to_disk wrote, or a hub data set."""
+
+    output: str
+    """Directory for the answers; made if missing. A run that was stopped goes on there."""
 
     keep: tuple[str, ...] = ()
     """Other columns that go into the output."""
@@ -65,52 +239,6 @@ class PredictConfig:
 
     max_errors: float = 0.01
     """Stop when more than this share of the records is set aside; a hundred always may be."""
-
-    top_k: int = 1
-    """How many answers to give, best first; above 1 they are in the column answers."""
-
-    max_answer_length: int = 30
-    """Tokens of the longest answer, before it is widened to whole words."""
-
-    align_to_words: bool = True
-    """Whether an answer is widened to whole words."""
-
-    overlapping: bool = False
-    """Whether an answer may share characters with a better one."""
-
-    min_score: float = 0.0
-    """Leave out answers with a lower score."""
-
-    no_answer_threshold: float | None = None
-    """Give no answer where the score of "no answer" is above this; 0.5 suits SQuAD 2.0's models."""
-
-    max_length: int | None = None
-    """Tokens of a window; 384, or the checkpoint's positions if those are fewer."""
-
-    doc_stride: int | None = None
-    """Tokens that neighbouring windows share; 128, or half a window if that is less."""
-
-    windows: Literal["overlap", "mlperf"] = "overlap"
-    """How a long context is cut: as run_qa does, or as BERT's run_squad.py and MLPerf do."""
-
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
-    """Of weights and operands; auto is bfloat16 on GPUs and TPUs, float32 on CPUs."""
-
-    matmul_precision: Literal["float32", "tensorfloat32", "bfloat16", "default"] = "float32"
-    """Of float32 products. JAX's own default is TF32 on NVIDIA and bfloat16 passes on TPU."""
-
-    kernels: Literal["auto", "native", "xla"] = "auto"
-    """What computes on a CPU: the C++ library that was compiled at installation, or XLA. On GPUs
-    and TPUs xla leaves out fused attention."""
-
-    parallel: Literal["jit", "pmap"] = "jit"
-    """How rows are split over devices: jit over a mesh, or pmap."""
-
-    devices: int | None = None
-    """How many local devices to use; all of them when left out."""
-
-    batch_tokens: int | None = None
-    """Tokens of a batch on each device; what suits the device when left out."""
 
     profile: str | None = None
     """Write a trace of a few steady batches, by jax.profiler, into this directory."""
@@ -138,13 +266,14 @@ def read_toml(path: str | Path, kind: type[Any]) -> dict[str, Any]:
     command line.
 
     Args:
-      path: of the file.
-      kind: the dataclass whose fields they are; its `PATHS` names those that are paths.
+      path: of the file; a bare name, as `quickstart`, is that of a config of flaxqa's own.
+      kind: the dataclass whose fields they are; see `Options`.
 
     Raises:
       UsageError: the file cannot be read, or has an unknown field or a value of another type.
     """
-    path = files.local(path)
+    own = {one.stem: one for one in OWN.glob("*.toml")}
+    path = own.get(str(path)) or files.local(path)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -162,7 +291,7 @@ def read_toml(path: str | Path, kind: type[Any]) -> dict[str, Any]:
             value = tuple(value)
         if not fits(value, known[name]):
             problems.append(f"{name} is {value!r}, it must be {described(known[name])}")
-        elif name in kind.PATHS:
+        elif name in kind.named("PATHS"):
             values[name] = from_file(path, value)
         else:
             values[name] = value

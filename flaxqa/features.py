@@ -14,7 +14,7 @@ Two ways of cutting a context that does not fit one window, by name:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -261,57 +261,45 @@ def make(
     Raises:
       DataError: an example is not Unicode text, or its question leaves no room for its context;
         names every one.
-      UsageError: `max_length` and `doc_stride` do not fit (see `question_limit`), or no such
-        `windows`.
+      UsageError: `max_length` and `doc_stride` do not fit, or no such `windows`.
     """
-    limit = max_question_length
-    if limit is None:
-        limit = default_question_limit(max_length, doc_stride, windows)
-    problems = [
-        f"{example.id!r}: {reason}"
-        for example in examples
-        if (reason := why_invalid(example)) is not None
-    ]
-    if problems:
-        raise DataError(all_problems("examples that cannot be asked", problems))
+    limit = max_question_length or default_question_limit(max_length, doc_stride, windows)
+    refuse_examples((example.id, why_invalid(example)) for example in examples)
     cls, sep = (np.array([tokenizer.token_to_id(name)], np.int32) for name in ("[CLS]", "[SEP]"))
     questions = tokens.identify(tokenizer, (example.question for example in examples))
     contexts = tokens.place(tokenizer, (example.context for example in examples), known)
     pieces: list[np.ndarray] = []
-    columns, of_windows, question_cut = [], [], []
+    columns, question_cut = [], []
+    of_windows: list[tokens.Tokens] = []
     counts: dict[int, np.ndarray] = {}
+    problems: list[tuple[str, str | None]] = []
     for index, example in enumerate(examples):
         question, context = questions[example.question], contexts[example.context]
-        asked, length = len(question), len(context.ids)
-        cut = asked > limit
-        if cut:
-            question, asked = question[:limit], limit
-        begin = asked + 2
-        size = max_length - begin - 1
-        if length <= size:
-            pieces += (cls, question, sep, context.ids, sep)
-            columns.append((begin + length + 1, index, begin, 0))
-            of_windows.append(context)
-            question_cut.append(cut)
+        cut = len(question) > limit
+        question = question[:limit]
+        begin, length = len(question) + 2, len(context.ids)
+        parts = parts_of(length, max_length - begin - 1, doc_stride, windows)
+        if parts is None:
+            where = f"at max_length {max_length} and doc_stride {doc_stride}"
+            asked = len(questions[example.question])
+            told = f"a question of {asked} tokens leaves no room for its context {where}"
+            problems.append((example.id, told))
             continue
-        step = doc_stride if windows == "mlperf" else size - doc_stride
-        if size < 1 or step < 1:
-            problems.append(
-                f"{example.id!r}: a question of {len(questions[example.question])} tokens leaves "
-                f"no room for its context at max_length {max_length} and doc_stride {doc_stride}"
-            )
-            continue
-        parts = split(length, size, min(step, size))
-        if windows == "mlperf":
+        if windows == "mlperf" and len(parts) > 1:
             counts |= enumerate(most_context(parts), len(of_windows))
         for part in parts:
             pieces += (cls, question, sep, context.ids[part], sep)
             columns.append((begin + part.stop - part.start + 1, index, begin, part.start))
         of_windows += [context] * len(parts)
         question_cut += [cut] * len(parts)
-    if problems:
-        raise DataError(all_problems("examples that cannot be asked", problems))
+    refuse_examples(problems)
     return Windows(pieces, columns, of_windows, question_cut, counts)
+
+
+def refuse_examples(reasons: Iterable[tuple[str, str | None]]) -> None:
+    """Raises: DataError: there is a reason; says of which examples, by their ids."""
+    if found := [f"{name!r}: {reason}" for name, reason in reasons if reason is not None]:
+        raise DataError(all_problems("examples that cannot be asked", found))
 
 
 def default_question_limit(max_length: int, doc_stride: int, windows: str) -> int:
@@ -330,6 +318,14 @@ def default_question_limit(max_length: int, doc_stride: int, windows: str) -> in
             f"of at least 1 and a length above {MLPERF_QUESTION_TOKENS + SPECIAL_TOKENS}"
         )
     return MLPERF_QUESTION_TOKENS
+
+
+def parts_of(length: int, size: int, doc_stride: int, windows: str) -> list[slice] | None:
+    """The parts of a context, at most `size` tokens of each; None if there is no room."""
+    if length <= size:
+        return [slice(0, length)]
+    step = doc_stride if windows == "mlperf" else size - doc_stride
+    return split(length, size, min(step, size)) if min(size, step) >= 1 else None
 
 
 def split(length: int, size: int, step: int) -> list[slice]:

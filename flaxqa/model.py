@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import jax
@@ -402,9 +401,8 @@ class Encoder(nnx.Module):
 class QuestionAnsweringModel(nnx.Module):
     """An encoder with a linear layer that scores every token as the answer's start and end.
 
-    What `DistilBertForQuestionAnswering` and `BertForQuestionAnswering` have in common. A new model
-    has random weights; `from_pretrained` gives a trained one. The encoder is the attribute that its
-    checkpoints call it, `distilbert` or `bert`.
+    What `DistilBertForQuestionAnswering` and `BertForQuestionAnswering` of `flaxqa.checkpoint` have
+    in common. The encoder is the attribute that its checkpoints call it, `distilbert` or `bert`.
     """
 
     config_class: ClassVar[type[EncoderConfig]]
@@ -528,58 +526,6 @@ class QuestionAnsweringModel(nnx.Module):
             if array.size and not 0 <= array.min() <= array.max() < end:
                 worst = array.min() if array.min() < 0 else array.max()
                 raise ValueError(f"{name} have the value {worst}, they must be from 0 to {end - 1}")
-
-    @classmethod
-    def from_pretrained(
-        cls, name: str | Path, *, revision: str | None = None, dtype: DTypeLike = "float32"
-    ) -> Self:
-        """The trained model of a local directory, or of a repository on the Hugging Face Hub.
-
-        Args:
-          name: a directory, or a hub id such as
-            `distilbert/distilbert-base-uncased-distilled-squad`.
-          revision: branch, tag or commit of the hub repository.
-          dtype: of the weights and of the products' operands: float32, bfloat16, float16, float64.
-
-        Raises:
-          ModelRejected: see `flaxqa.checkpoint.load`; or it is a checkpoint of another class.
-        """
-        from flaxqa import checkpoint
-
-        model = checkpoint.load(name, revision=revision, dtype=dtype).model
-        if not isinstance(model, cls):
-            raise ModelRejected(f"{name} is a checkpoint of {type(model).__name__}")
-        return model
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`, which transformers' torch class loads."""
-        from flaxqa import checkpoint
-
-        checkpoint.save(self, directory)
-
-
-class DistilBertForQuestionAnswering(QuestionAnsweringModel):
-    """DistilBERT with a linear layer that scores every token as the answer's start and end.
-
-    A new model has random weights; `from_pretrained` gives a trained one.
-    """
-
-    config_class = DistilBertConfig
-
-
-class BertForQuestionAnswering(QuestionAnsweringModel):
-    """BERT with a linear layer that scores every token as the answer's start and end.
-
-    A new model has random weights; `from_pretrained` gives a trained one.
-    """
-
-    config_class = BertConfig
-
-
-MODELS: dict[type[EncoderConfig], type[QuestionAnsweringModel]] = {
-    DistilBertConfig: DistilBertForQuestionAnswering,
-    BertConfig: BertForQuestionAnswering,
-}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))

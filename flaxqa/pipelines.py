@@ -1,7 +1,7 @@
 """The call of transformers 4.57's question-answering pipeline, which transformers 5.3 removed.
 
-The answers, offsets and scores are those of 4.57.6 (see `flaxqa.answers.decode_pipeline`), its
-defects included. What differs, and why, is listed in README.md, "Coming from the pipeline".
+The answers, offsets and scores are those of 4.57.6 (see `flaxqa.pipeline_answers`), its
+defects included. What differs, and why, is listed in docs/migrate.md.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import tokenizers
 
-from flaxqa import answers, checkpoint, features, predict
-from flaxqa.checkpoint import Checkpoint
+from flaxqa import checkpoint, features, predict, tokens, weights
+from flaxqa.checkpoint import Checkpoint, PretrainedModel
 from flaxqa.devices import use_compilation_cache
 from flaxqa.errors import DataError, ModelRejected, UsageError, all_problems, check_counts
 from flaxqa.features import Example
-from flaxqa.model import QuestionAnsweringModel
+from flaxqa.pipeline_answers import decode_pipeline
 from flaxqa.reader import NOT_FINITE, RECORDS_PER_CHUNK, chunks
 from flaxqa.tokens import Tokens
 
@@ -101,7 +101,7 @@ NAMES = tuple(field.name for field in dataclasses.fields(Parameters))
 
 def pipeline(
     task: str = TASK,
-    model: str | Path | QuestionAnsweringModel | None = None,
+    model: str | Path | PretrainedModel | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
     device: Any = None,
@@ -135,6 +135,34 @@ def pipeline(
     """
     if task != TASK:
         raise KeyError(f"flaxqa has the task {TASK!r} and no other, so not {task!r}")
+    refuse_unknown(parameters)
+    check_counts(batch_size=1 if batch_size is None else batch_size, read_ahead=read_ahead)
+    defaults = merged(Parameters(), parameters)
+    devices = which_devices(device)
+    dtype = torch_dtype if dtype is None else dtype
+    if str(dtype).startswith("torch."):
+        dtype = str(dtype).removeprefix("torch.")
+    dtype = None if str(dtype) == "auto" else dtype
+    use_compilation_cache()
+    if model is None:
+        warnings.warn(
+            f"No model was supplied, defaulted to {DEFAULT_MODEL} and revision {DEFAULT_REVISION}.",
+            stacklevel=2,
+        )
+        model, revision = DEFAULT_MODEL, revision or DEFAULT_REVISION
+    loaded, longest = loaded_of(model, tokenizer, revision, dtype)
+    return QuestionAnsweringPipeline(
+        loaded,
+        defaults=defaults,
+        model_max_length=longest,
+        devices=devices,
+        batch_size=batch_size,
+        read_ahead=read_ahead,
+    )
+
+
+def refuse_unknown(parameters: Mapping[str, Any]) -> None:
+    """Raises: TypeError: an argument is none of these, and asks for something."""
     known = {*NAMES, "topk", *WITHOUT_EFFECT}
     unknown = {
         f"{name}={value!r}"
@@ -146,22 +174,18 @@ def pipeline(
             f"pipeline() does not take {', '.join(sorted(unknown))}; it takes task, model, "
             f"tokenizer, revision, device, batch_size, dtype, read_ahead, {', '.join(NAMES)}"
         )
-    check_counts(batch_size=1 if batch_size is None else batch_size, read_ahead=read_ahead)
-    defaults = merged(Parameters(), parameters)
-    devices = which_devices(device)
-    dtype = torch_dtype if dtype is None else dtype
-    if dtype is None or dtype == "auto":
-        dtype = None
-    elif str(dtype).startswith("torch."):
-        dtype = str(dtype).removeprefix("torch.")
-    use_compilation_cache()
-    if model is None:
-        warnings.warn(
-            f"No model was supplied, defaulted to {DEFAULT_MODEL} and revision {DEFAULT_REVISION}.",
-            stacklevel=2,
-        )
-        model, revision = DEFAULT_MODEL, revision or DEFAULT_REVISION
-    if isinstance(model, QuestionAnsweringModel):
+
+
+def loaded_of(
+    model: Any, tokenizer: Any, revision: str | None, dtype: Any
+) -> tuple[Checkpoint, int]:
+    """The model with its tokenizer, and the longest window that this takes.
+
+    Raises:
+      ModelRejected: the tokenizer does not fit the model; see also `flaxqa.checkpoint.load`.
+      UsageError: the model is none.
+    """
+    if isinstance(model, PretrainedModel):
         if dtype is not None or revision is not None:
             raise UsageError("dtype and revision are for loading; this model is loaded already")
         if tokenizer is None:
@@ -179,17 +203,10 @@ def pipeline(
             "DistilBertForQuestionAnswering or BertForQuestionAnswering"
         )
     if tokenizer is not None:
-        if problems := checkpoint.tokenizer_problems(tokenizer, loaded.config):
+        if problems := tokens.tokenizer_problems(tokenizer, loaded.config.vocab_size):
             raise ModelRejected(all_problems("the tokenizer does not fit the model", problems))
         loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
-    return QuestionAnsweringPipeline(
-        loaded,
-        defaults=defaults,
-        model_max_length=longest,
-        devices=devices,
-        batch_size=batch_size,
-        read_ahead=read_ahead,
-    )
+    return loaded, longest
 
 
 class QuestionAnsweringPipeline:
@@ -298,7 +315,7 @@ class QuestionAnsweringPipeline:
             logits = self.predictor.predict(windows)
             if not logits.finite().all():
                 raise DataError(NOT_FINITE)
-            found = answers.decode_pipeline(
+            found = decode_pipeline(
                 examples,
                 windows,
                 logits,
@@ -442,7 +459,7 @@ def tokenizer_of(tokenizer: Any) -> tuple[tokenizers.Tokenizer, int]:
     """A tokenizer of ours from what a user names, and its `model_max_length`."""
     if isinstance(tokenizer, (str, Path)):
         directory, _ = checkpoint.locate(tokenizer)
-        return checkpoint.load_tokenizer(directory)[0], model_max_length(directory)
+        return tokens.load_tokenizer(directory)[0], model_max_length(directory)
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not isinstance(backend, tokenizers.Tokenizer):
         raise UsageError(
@@ -460,6 +477,6 @@ def tokenizer_of(tokenizer: Any) -> tuple[tokenizers.Tokenizer, int]:
 def model_max_length(directory: Path) -> int:
     """That of the directory's tokenizer_config.json; without one, any length."""
     name = "tokenizer_config.json"
-    settings = checkpoint.read_json(directory, name) if (directory / name).is_file() else {}
+    settings = weights.read_json(directory, name) if (directory / name).is_file() else {}
     value = settings.get("model_max_length")
     return int(value) if isinstance(value, (int, float)) and 1 <= value < 1 << 30 else 1 << 30

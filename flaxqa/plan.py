@@ -12,10 +12,14 @@ import bisect
 import dataclasses
 import heapq
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Array, Int
 
+PerToken = Int[Array | np.ndarray, "M"]
+PerWindow = Int[Array | np.ndarray, "W"]
 SLOT_TOKENS = 32  # of the shortest windows for which a row has slots enough
 KEPT_BACK = 8  # one window of so many
 LONG_SLOT_TOKENS = 128  # the same where empty slots cost time, and windows have that on average
@@ -151,3 +155,59 @@ def deal(
             slots[index] -= 1
         row.sort(key=lambda window: -sizes[window])
     return None if kept else rows
+
+
+# --- what a batch is on a device ---
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """Windows one after the other in a row of M tokens; or such rows, one for each device.
+
+    A longer window never comes after a shorter one.
+
+    Attributes:
+      input_ids: int32 [M]; after the last window any id.
+      token_types: int32 [M], 0 for `[CLS] question [SEP]` and 1 for `context [SEP]`. Read by models
+        with segment embeddings.
+      positions: int32 [M], the place of each token in its window, 0 after the last window.
+      window: int32 [M], the window of each token, 0 after the last window. A CPU does not read it.
+      starts: int32 [W], the first token of each window, 0 after the last window.
+      lengths: int32 [W], 0 after the last window.
+    """
+
+    input_ids: PerToken
+    token_types: PerToken
+    positions: PerToken
+    window: PerToken
+    starts: PerWindow
+    lengths: PerWindow
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Where the answers of a row's windows may be; or of such rows, one for each device.
+
+    Attributes:
+      start: int32 [W], the place of each window's first context token; the last one is before the
+        window's last token.
+      may_start: bool [M], which of the context tokens may begin an answer.
+    """
+
+    start: PerWindow
+    may_start: Any
+
+
+def row_of(sizes: Sequence[int], *, tokens: int, windows: int) -> Ragged:
+    """A row of windows of so many tokens each, all of their ids and types 0."""
+    lengths = np.zeros(windows, np.int32)
+    lengths[: len(sizes)] = sizes
+    starts = np.where(lengths > 0, np.cumsum(lengths) - lengths, 0).astype(np.int32)
+    nothing = np.zeros(tokens, np.int32)
+    positions, window = nothing.copy(), nothing.copy()
+    total = int(lengths.sum())
+    window[:total] = np.repeat(np.arange(windows), lengths)
+    positions[:total] = np.arange(total) - np.repeat(starts, lengths)
+    return Ragged(nothing, nothing, positions, window, starts, lengths)

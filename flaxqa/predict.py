@@ -23,6 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxqa import attention, inference, native
+from flaxqa.config import DeviceOptions, takes
 from flaxqa.devices import (
     compiler_options,
     keep_freed_memory,
@@ -31,9 +32,8 @@ from flaxqa.devices import (
 )
 from flaxqa.errors import TryAgain, UsageError
 from flaxqa.features import Feature, Windows
-from flaxqa.inference import Context, Ragged
 from flaxqa.model import QuestionAnsweringModel, accumulator
-from flaxqa.plan import LONG_SLOT_TOKENS, SLOT_TOKENS, Batch, Shape, Sizes
+from flaxqa.plan import LONG_SLOT_TOKENS, SLOT_TOKENS, Batch, Context, Ragged, Shape, Sizes
 from flaxqa.spans import Found, Rule, Scores, Summary
 
 ROW_TOKENS_OF_A_CPU = 4_096  # larger rows leave its cache
@@ -221,37 +221,25 @@ class Predictor:
         "pmap": Pmap,
     }
 
-    def __init__(
-        self,
-        model: QuestionAnsweringModel,
-        *,
-        max_length: int = 384,
-        batch_tokens: int | None = None,
-        parallel: str = "jit",
-        devices: int | Sequence[jax.Device] | None = None,
-        matmul_precision: str = "float32",
-        kernels: str = "auto",
-    ):
+    @takes(DeviceOptions)
+    def __init__(self, model: QuestionAnsweringModel, *, max_length: int = 384, **options: Any):
         """Puts the weights on the devices; compiles nothing but a trial of attention yet.
 
         Args:
           model: its weights are copied to every device.
           max_length: tokens of the longest window that will come.
-          batch_tokens: of a batch on each device, never fewer than one window has; None for what
-            suits the device.
-          parallel: "jit" or "pmap", how rows are split over the devices.
-          devices: how many of this process's devices to use, or which; None for all.
-          matmul_precision: of float32 products. "float32" is what it says on every device, where
-            JAX's own default is TF32 on NVIDIA and bfloat16 passes on TPU.
-          kernels: "native" for the C++ library of `flaxqa.native`, "xla" for what XLA makes of
-            `flaxqa.inference` alone; "auto" is the fastest that is known: the library on CPUs, in
-            float32 and bfloat16; on accelerators XLA with the fused attention that suits them (see
-            `flaxqa.attention`). Logits differ in the last digits.
+          **options: those of `flaxqa.config.DeviceOptions`; `devices` may also be a list of them.
+            "auto" `kernels` are the fastest that are known: the C++ library of `flaxqa.native` on
+            CPUs, in float32 and bfloat16; on accelerators XLA with the fused attention that suits
+            them (see `flaxqa.attention`). Logits differ in the last digits.
 
         Raises:
           UsageError: `max_length` is above the checkpoint's positions, or an option has no such
             value.
         """
+        chosen = DeviceOptions(**options)
+        parallel, kernels, batch_tokens = chosen.parallel, chosen.kernels, chosen.batch_tokens
+        matmul_precision = chosen.matmul_precision
         positions = model.config.max_position_embeddings
         if not 1 <= max_length <= positions:
             raise UsageError(
@@ -263,9 +251,7 @@ class Predictor:
             raise UsageError(
                 f"matmul_precision {matmul_precision!r} is not one of {MATMUL_PRECISIONS}"
             )
-        if batch_tokens is not None and batch_tokens < 1:
-            raise UsageError(f"batch_tokens {batch_tokens} is below 1")
-        self.devices = local_devices(devices)
+        self.devices = local_devices(chosen.devices)
         on_cpu = self.devices[0].platform == "cpu"
         if on_cpu:
             keep_freed_memory()

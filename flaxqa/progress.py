@@ -27,7 +27,13 @@ class Progress(Protocol):
 
 
 class Silence:
-    """Shows nothing."""
+    """Shows nothing; a context manager, as `TerminalProgress`."""
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
     def stage(self, description: str) -> None:
         pass

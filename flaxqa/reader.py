@@ -16,14 +16,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from jax.typing import DTypeLike
 
-from flaxqa import answers, checkpoint, features, predict
+from flaxqa import checkpoint, features, frames, predict
 from flaxqa.answers import Answer, Answers, Decoder, NotFinite
 from flaxqa.checkpoint import Checkpoint
+from flaxqa.config import AnswerOptions, DeviceOptions, ReaderOptions, takes
 from flaxqa.devices import default_dtype, old_objects_left_alone, use_compilation_cache
 from flaxqa.errors import (
     DataError,
@@ -31,7 +31,6 @@ from flaxqa.errors import (
     UsageError,
     check_counts,
     check_integers,
-    check_shares,
 )
 from flaxqa.features import Example, Windows
 from flaxqa.spans import Logits
@@ -44,18 +43,7 @@ ERRORS_SHOWN = 20
 NOT_FINITE = "the model's logits are not finite"
 
 Item = TypeVar("Item")
-
-
-class AnswerOptions(TypedDict, total=False):
-    """How answers are chosen; what each means is told by `Reader.answers`."""
-
-    top_k: int
-    max_answer_length: int
-    align_to_words: bool
-    overlapping: bool
-    min_score: float
-    no_answer_threshold: float | None
-    chunk_size: int
+Progress = Callable[[int, int], None]  # the numbers of questions and of windows just done
 
 
 @dataclasses.dataclass
@@ -99,20 +87,43 @@ class Prepared(NamedTuple):
     seconds: float
 
 
-def load(
-    model: str | Path,
-    *,
-    revision: str | None = None,
-    dtype: DTypeLike = "auto",
-    parallel: str = "jit",
-    devices: int | None = None,
-    batch_tokens: int | None = None,
-    max_length: int | None = None,
-    doc_stride: int | None = None,
-    windows: str = "overlap",
-    matmul_precision: str = "float32",
-    kernels: str = "auto",
-) -> Reader:
+class Ahead:
+    """Chunks that are prepared while the devices work on others.
+
+    Attributes:
+      under_way: those whose windows the devices have.
+      waited: seconds that the devices waited for one since it was set to 0.
+    """
+
+    def __init__(self, futures: Iterable[concurrent.futures.Future[Prepared]], progress: Progress):
+        self.futures, self.progress, self.waited = futures, progress, 0.0
+        self.under_way: collections.deque[Prepared] = collections.deque()
+        # Of each chunk its questions, its windows, and how many of these are done.
+        self.to_show: collections.deque[tuple[int, int, int]] = collections.deque()
+
+    def windows(self) -> Iterator[Windows]:
+        """Those of each chunk, as they are asked for."""
+        for future in self.futures:
+            clock = time.perf_counter()
+            prepared = future.result()
+            self.waited += time.perf_counter() - clock
+            self.under_way.append(prepared)
+            if prepared.windows:
+                self.to_show.append((len(prepared.reasons), len(prepared.windows), 0))
+            yield prepared.windows
+
+    def advance(self, windows: int) -> None:
+        """Tells of a batch: the windows of a chunk come in any order of its questions."""
+        questions, of, done = self.to_show[0]
+        shown = questions * (done + windows) // of - questions * done // of
+        self.to_show[0] = questions, of, done + windows
+        if done + windows == of:
+            self.to_show.popleft()
+        self.progress(shown, windows)
+
+
+@takes(ReaderOptions)
+def load(model: str | Path, *, revision: str | None = None, **options: Any) -> Reader:
     """A reader of a DistilBERT or BERT question-answering checkpoint.
 
     Compiled code is kept in JAX's cache (see `flaxqa.devices.use_compilation_cache`), so a later
@@ -121,37 +132,20 @@ def load(
     Args:
       model: a directory, or a hub id such as `distilbert/distilbert-base-uncased-distilled-squad`.
       revision: branch, tag or commit of a hub model.
-      dtype: of weights and operands: "float32", "bfloat16", "float16", "float64" under
-        `jax.enable_x64`, or "auto", which is bfloat16 on GPUs and TPUs and float32 on CPUs.
-      parallel: "jit" or "pmap", how rows are split over the devices.
-      devices: how many of this process's devices to use; None for all.
-      batch_tokens: tokens of a batch on each device; None for what suits the device.
-      max_length: tokens of a window; None for 384, or the checkpoint's positions if fewer.
-      doc_stride: tokens that neighbouring windows share; None for 128, or half a window if less.
-      windows: "overlap" or "mlperf", how a long context is cut; see `flaxqa.features`.
-      matmul_precision: of float32 products, see `flaxqa.predict.Predictor`.
-      kernels: "native", "xla" or "auto", what computes on CPUs; see `flaxqa.predict.Predictor`.
+      **options: those of `flaxqa.config.ReaderOptions`. `dtype` may also be "float64", under
+        `jax.enable_x64`, or a dtype of JAX; `devices` also a list of devices.
 
     Raises:
       ModelRejected: the checkpoint is damaged, unsafe, or not one that is computed.
       UsageError: an option cannot be used, or there is no such directory or repository.
       TryAgain: the hub cannot be reached and its cache has no copy.
     """
+    chosen = ReaderOptions(**options)
     use_compilation_cache()
+    dtype: Any = chosen.dtype
     if isinstance(dtype, str) and dtype == "auto":
-        dtype = default_dtype(devices)
-    loaded = checkpoint.load(model, revision=revision, dtype=dtype)
-    return Reader(
-        loaded,
-        parallel=parallel,
-        devices=devices,
-        batch_tokens=batch_tokens,
-        max_length=max_length,
-        doc_stride=doc_stride,
-        windows=windows,
-        matmul_precision=matmul_precision,
-        kernels=kernels,
-    )
+        dtype = default_dtype(chosen.devices)
+    return Reader(checkpoint.load(model, revision=revision, dtype=dtype), **options)
 
 
 class Reader:
@@ -165,19 +159,12 @@ class Reader:
       windows: how a long context is cut.
     """
 
-    def __init__(
-        self,
-        loaded: Checkpoint,
-        *,
-        max_length: int | None = None,
-        doc_stride: int | None = None,
-        windows: str = "overlap",
-        **devices: Any,
-    ):
-        """See `load`; `devices` are the other options of `flaxqa.predict.Predictor`."""
-        check_integers(
-            max_length=max_length, doc_stride=doc_stride, batch_tokens=devices.get("batch_tokens")
-        )
+    @takes(ReaderOptions)
+    def __init__(self, loaded: Checkpoint, **options: Any):
+        """Takes the options of `flaxqa.config.ReaderOptions`; the dtype is the checkpoint's."""
+        chosen = ReaderOptions(**options)
+        max_length, doc_stride, windows = chosen.max_length, chosen.doc_stride, chosen.windows
+        check_integers(doc_stride=doc_stride)
         if max_length is None:
             max_length = min(MAX_LENGTH, loaded.config.max_position_embeddings)
         if doc_stride is None:
@@ -185,7 +172,9 @@ class Reader:
         features.default_question_limit(max_length, doc_stride, windows)  # refuses what cannot be
         self.checkpoint = loaded
         self.max_length, self.doc_stride, self.windows = max_length, doc_stride, windows
-        self.predictor = predict.Predictor(loaded.model, max_length=max_length, **devices)
+        self.predictor = predict.Predictor(
+            loaded.model, max_length=max_length, **chosen.of(DeviceOptions)
+        )
 
     def __repr__(self) -> str:
         config = self.checkpoint.config
@@ -196,7 +185,7 @@ class Reader:
             f"{self.predictor.kernels} kernels>"
         )
 
-    def answer(self, question: str, context: str, **options: Unpack[AnswerOptions]) -> Answers:
+    def answer(self, question: str, context: str, **options: Any) -> Answers:
         """The best answers to one question about one context, best first: always a list.
 
         Args:
@@ -216,17 +205,9 @@ class Reader:
             raise DataError(found.error)
         return found
 
+    @takes(AnswerOptions)
     def answers(
-        self,
-        records: Iterable[Any],
-        *,
-        top_k: int = 1,
-        max_answer_length: int = answers.MAX_ANSWER_LENGTH,
-        align_to_words: bool = True,
-        overlapping: bool = False,
-        min_score: float = 0.0,
-        no_answer_threshold: float | None = None,
-        chunk_size: int = RECORDS_PER_CHUNK,
+        self, records: Iterable[Any], *, chunk_size: int = RECORDS_PER_CHUNK, **options: Any
     ) -> Iterator[Answers]:
         """Streams any number of records through the model, in bounded memory and in their order.
 
@@ -236,36 +217,24 @@ class Reader:
 
         Args:
           records: mappings with `question` and `context`, pairs of them, or `Example`s; from any
-            iterable, of which two chunks are read ahead.
-          top_k: how many answers at most. Those to a smaller number are the first of those to a
-            larger one.
-          max_answer_length: in tokens, before an answer is widened to words.
-          align_to_words: whether an answer is widened to whole words.
-          overlapping: whether an answer may share characters with a better one.
-          min_score: answers with a lower `score` are left out.
-          no_answer_threshold: in [0, 1]; where `no_answer_score` is above it the list is empty. 0.5
-            is run_qa's rule. None, for models that know no unanswerable questions, never asks.
+            iterable, of which two chunks are read ahead; or a data frame of pandas, polars or Arrow
+            with these columns.
           chunk_size: how many records run together. A smaller number answers the first ones sooner
             and computes less at once. With 1 each record is answered before the next is read.
+          **options: those of `flaxqa.config.AnswerOptions`.
 
         Raises:
-          UsageError: an option has a value that cannot be.
+          UsageError: an option has a value that cannot be, or a frame has not these columns.
         """
-        check_counts(top_k=top_k, max_answer_length=max_answer_length, chunk_size=chunk_size)
-        check_shares(min_score=min_score, no_answer_threshold=no_answer_threshold)
+        chosen = AnswerOptions(**options)
+        check_counts(chunk_size=chunk_size)
         if isinstance(records, (str, Mapping)):
             raise UsageError("records are an iterable of records; for one there is answer()")
-
-        decode = Decoder(
-            "spans",
-            top_k=top_k,
-            max_answer_length=max_answer_length,
-            align_to_words=align_to_words,
-            overlapping=overlapping,
-        )
+        decode = Decoder.of(chosen)
+        rows = frames.rows_of(records)
 
         def stream() -> Iterator[Answers]:
-            read = ((record, features.as_example(record)) for record in records)
+            read = ((record, features.as_example(record)) for record in rows)
             came = chunks(read, chunk_size, size_of=lambda pair: features.characters(pair[1]))
             # A chunk of one record is for those who wait for its answer.
             together = ((chunk,) for chunk in came) if chunk_size == 1 else (came,)
@@ -283,17 +252,13 @@ class Reader:
             for found, _ in self.answer_chunks(examples(), decode):
                 for record, one in zip(under_way.popleft(), found, strict=True):
                     one.record = record
-                    no_answer = no_answer_threshold is not None and (
-                        one.no_answer_score > no_answer_threshold
-                    )
-                    if no_answer or min_score > 0:
-                        one[:] = [] if no_answer else [a for a in one if a.score >= min_score]
+                    one[:] = one.kept(chosen)
                     yield one
 
         return stream()
 
     def answer_questions(
-        self, questions: Iterable[str], context: str, **options: Unpack[AnswerOptions]
+        self, questions: Iterable[str], context: str, **options: Any
     ) -> list[Answers]:
         """The answers to each of many questions about one context, which is tokenized once.
 
@@ -310,7 +275,12 @@ class Reader:
         return list(self.answers(records, **options))
 
     def search(
-        self, question: str, contexts: Iterable[str], **options: Unpack[AnswerOptions]
+        self,
+        question: str,
+        contexts: Iterable[str],
+        *,
+        chunk_size: int = RECORDS_PER_CHUNK,
+        **options: Any,
     ) -> Answers:
         """The best answers to one question in any number of contexts, best first.
 
@@ -324,6 +294,7 @@ class Reader:
         Args:
           question: what to ask.
           contexts: the texts, from any iterable; memory does not grow with their number.
+          chunk_size: as in `answers`.
           **options: those of `answers`; `min_score` and `no_answer_threshold` are asked of all
             contexts together.
 
@@ -334,45 +305,14 @@ class Reader:
             raise DataError(reason)
         if isinstance(contexts, str):
             raise UsageError("contexts are an iterable of strings; for one there is answer()")
-        top_k = options.get("top_k", 1)
-        min_score = options.pop("min_score", 0.0)
-        threshold = options.pop("no_answer_threshold", None)
-        check_shares(min_score=min_score, no_answer_threshold=threshold)
-        together, errors, n_errors = Answers(), [], 0
-        together.record = {"question": question}
-        best: list[tuple[float, int, int, Answer]] = []  # a heap, the worst first
-        normalizers = np.full(2, -np.inf)
+        chosen = AnswerOptions(**options)
+        every = dataclasses.replace(chosen, min_score=0.0, no_answer_threshold=None)
         records = ({"question": question, "context": context} for context in contexts)
-        for index, found in enumerate(self.answers(records, **options)):
-            together.n_windows += found.n_windows
-            together.question_cut |= found.question_cut
-            if found.error is not None:
-                n_errors += 1
-                if n_errors <= ERRORS_SHOWN:
-                    errors.append(f"context {index}: {found.error}")
-                continue
-            together.null_logit = min(together.null_logit, found.null_logit)
-            normalizers = np.logaddexp(normalizers, found.log_normalizers)
-            for rank, answer in enumerate(found):
-                total = answer.start_logit + answer.end_logit
-                entry = (total, -index, -rank, dataclasses.replace(answer, context=index))
-                if len(best) < top_k:
-                    heapq.heappush(best, entry)
-                else:
-                    heapq.heappushpop(best, entry)
-        ranked = sorted(best, reverse=True)
-        if ranked:
-            together.null_odds = together.null_logit - ranked[0][0]
-        together.log_normalizers = (float(normalizers[0]), float(normalizers[1]))
-        if n_errors > ERRORS_SHOWN:
-            errors.append(f"and {n_errors - ERRORS_SHOWN} more")
-        together.error = "; ".join(errors) or None
-        if threshold is None or together.no_answer_score <= threshold:
-            for *_, answer in ranked:
-                log_score = answer.start_logit + answer.end_logit - float(normalizers.sum())
-                answer = dataclasses.replace(answer, score=math.exp(min(log_score, 0.0)))
-                if answer.score >= min_score:
-                    together.append(answer)
+        best = BestOfContexts(question, chosen.top_k)
+        for found in self.answers(records, chunk_size=chunk_size, **vars(every)):
+            best.add(found)
+        together = best.answers()
+        together[:] = together.kept(chosen)
         return together
 
     def windows_of(
@@ -392,7 +332,7 @@ class Reader:
         self,
         chunks: Iterable[Sequence[Example | str]],
         decode: Decoder,
-        progress: Callable[[int, int], None] = lambda questions, windows: None,
+        progress: Progress = lambda questions, windows: None,
     ) -> Iterator[tuple[list[Answers], Spent]]:
         """Runs chunks of examples; what cannot be asked or answered has the reason in `error`.
 
@@ -406,42 +346,19 @@ class Reader:
           progress: called with the numbers of questions and of windows just done, batch by batch.
         """
         predictor = self.predictor
-        under_way: collections.deque[Prepared] = collections.deque()
         failures: list[Exception] = []
-        to_show: collections.deque[tuple[int, int, int]] = collections.deque()
-        waited = 0.0
-
-        def windows() -> Iterator[Windows]:
-            nonlocal waited
-            for future in self.prepare_ahead(chunks, failures):
-                clock = time.perf_counter()
-                prepared = future.result()
-                waited += time.perf_counter() - clock
-                under_way.append(prepared)
-                if prepared.windows:
-                    to_show.append((len(prepared.reasons), len(prepared.windows), 0))
-                yield prepared.windows
-
-        def advance(windows: int) -> None:
-            """Tells of a batch: the windows of a chunk come in any order of its questions."""
-            questions, of, done = to_show[0]
-            shown = questions * (done + windows) // of - questions * done // of
-            to_show[0] = questions, of, done + windows
-            if done + windows == of:
-                to_show.popleft()
-            progress(shown, windows)
-
-        stream = predictor.stream(windows(), advance, decode.rule)
+        ahead = Ahead(self.prepare_ahead(chunks, failures), progress)
+        stream = predictor.stream(ahead.windows(), ahead.advance, decode.rule)
         began = time.perf_counter()
         with contextlib.closing(stream), old_objects_left_alone():
             while True:
-                waited, clock = 0.0, time.perf_counter()
+                ahead.waited, clock = 0.0, time.perf_counter()
                 compiled, tokens = predictor.compile_seconds, predictor.computed_tokens
                 if (logits := next(stream, None)) is None:
                     break
                 computed = time.perf_counter()
                 compiled = predictor.compile_seconds - compiled
-                prepared = under_way.popleft()
+                prepared = ahead.under_way.popleft()
                 if not prepared.windows:
                     progress(len(prepared.reasons), 0)
                 found = self.decode(prepared, logits, decode)
@@ -451,7 +368,7 @@ class Reader:
                     Spent(
                         seconds=ended - began - compiled,
                         tokenize_seconds=prepared.seconds,
-                        device_seconds=computed - clock - compiled - waited,
+                        device_seconds=computed - clock - compiled - ahead.waited,
                         decode_seconds=ended - computed,
                         windows=len(prepared.windows),
                         tokens=int(prepared.windows.lengths.sum()),
@@ -543,6 +460,51 @@ class Reader:
         for one, reason in zip(found, prepared.reasons, strict=True):
             one.error = one.error or reason
         return found
+
+
+class BestOfContexts:
+    """The answers to one question in many contexts, as they come."""
+
+    def __init__(self, question: str, top_k: int):
+        self.top_k, self.count, self.n_errors = top_k, 0, 0
+        self.together, self.errors = Answers(), list[str]()
+        self.together.record = {"question": question}
+        self.best: list[tuple[float, int, int, Answer]] = []  # a heap, the worst first
+        self.normalizers = np.full(2, -np.inf)
+
+    def add(self, found: Answers) -> None:
+        """Those in the next context."""
+        index, self.count = self.count, self.count + 1
+        self.together.n_windows += found.n_windows
+        self.together.question_cut |= found.question_cut
+        if found.error is not None:
+            self.n_errors += 1
+            if self.n_errors <= ERRORS_SHOWN:
+                self.errors.append(f"context {index}: {found.error}")
+            return
+        self.together.null_logit = min(self.together.null_logit, found.null_logit)
+        self.normalizers = np.logaddexp(self.normalizers, found.log_normalizers)
+        for rank, answer in enumerate(found):
+            total = answer.start_logit + answer.end_logit
+            entry = (total, -index, -rank, dataclasses.replace(answer, context=index))
+            if len(self.best) < self.top_k:
+                heapq.heappush(self.best, entry)
+            else:
+                heapq.heappushpop(self.best, entry)
+
+    def answers(self) -> Answers:
+        """The best of all, with scores over all contexts."""
+        together, ranked = self.together, sorted(self.best, reverse=True)
+        if ranked:
+            together.null_odds = together.null_logit - ranked[0][0]
+        together.log_normalizers = (float(self.normalizers[0]), float(self.normalizers[1]))
+        if self.n_errors > ERRORS_SHOWN:
+            self.errors.append(f"and {self.n_errors - ERRORS_SHOWN} more")
+        together.error = "; ".join(self.errors) or None
+        for *_, answer in ranked:
+            log_score = answer.start_logit + answer.end_logit - float(self.normalizers.sum())
+            together.append(dataclasses.replace(answer, score=math.exp(min(log_score, 0.0))))
+        return together
 
 
 def chunks(

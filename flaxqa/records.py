@@ -1,6 +1,6 @@
-"""All input of a run: found by name, cut into shards, and what its records ask.
+"""All input of a run, cut into shards, and what its records ask.
 
-`plan` cuts all input (`flaxqa.sources`) into shards of a fixed number of records, by the input and
+`plan` cuts all input (`flaxqa.inputs`) into shards of a fixed number of records, by the input and
 that number alone, so that any process can read any shard. What is read later is held against what
 was planned before a shard counts.
 """
@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import functools
-import glob
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,27 +20,12 @@ import numpy as np
 from flaxqa import features
 from flaxqa.errors import DataError, TryAgain, UsageError, all_problems
 from flaxqa.features import Example
-from flaxqa.files import local, state_of
-from flaxqa.sources import (
-    Input,
-    Parquet,
-    Row,
-    Run,
-    Source,
-    kind_name,
-    looks_like_lines,
-    source_of,
-)
+from flaxqa.files import state_of
+from flaxqa.inputs import identified, unchanged
+from flaxqa.rows import Input, Row, Run, Source, kind_name
+from flaxqa.sources import source_of
 
-SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+KEYS = ("id", "question", "context")
 COUNTED_AT_ONCE = 16_384
 SAMPLED = 100  # records in which a column that was asked for has to be
 
@@ -123,152 +104,14 @@ class Plan:
         """Whether it was made of the same: the same files by name and content."""
         if (shard_size, unique_ids) != (self.shard_size, self.unique_ids):
             return False
-        asked = [(one.path, one.name, one.split) for one in inputs]
-        had = [(one.path, one.name, one.split) for one in self.inputs]
+        asked = [(one.path, one.name, one.split, one.config) for one in inputs]
+        had = [(one.path, one.name, one.split, one.config) for one in self.inputs]
         return asked == had and all(map(unchanged, self.inputs))
 
     def identity(self) -> list[dict[str, Any]]:
         """What the input is, wherever it lies and whenever it was written."""
-        kept = ("name", "format", "compression", "size", "sha256", "split", "records")
+        kept = ("name", "format", "compression", "size", "sha256", "split", "config", "records")
         return [{name: getattr(one, name) for name in kept} for one in self.inputs]
-
-
-# --- finding inputs ---
-
-
-def find(names: Sequence[str], *, format: str = "auto", split: str = "train") -> list[Input]:
-    """The inputs that names stand for: files, folders, patterns, or a hub data set.
-
-    Args:
-      names: a folder stands for all files below it of a known kind, in the order of their paths,
-        hidden ones left out; so does a pattern with `*`, `?` or `[`.
-      format: "auto" goes by the name; otherwise what all files are.
-      split: of a hub data set.
-
-    Raises:
-      UsageError: a name stands for nothing, a file's kind is not known, or one is named twice.
-    """
-    found: list[Input] = []
-    named: dict[str, str] = {}  # of each path what the user would write
-
-    def take(path: Path, name: str) -> None:
-        try:
-            found.append(file_input(path, name, format))
-            named[found[-1].path] = path.as_posix()
-        except UsageError as error:
-            problems.append(str(error))
-
-    problems: list[str] = []
-    for name in names:
-        path = local(name)
-        if path.is_dir():
-            files = below(path, problems)
-            if not files:
-                problems.append(f"{name} has no files of {', '.join(SUFFIXES)}")
-            for each in files:
-                take(each, each.relative_to(path).as_posix())
-        elif path.exists():
-            if path.is_file():
-                take(path, path.name)
-            else:
-                problems.append(f"{name} is no file: a FIFO, a device or a socket")
-        elif glob.has_magic(name):
-            matches = sorted(
-                each for each in glob.glob(name, recursive=True) if Path(each).is_file()
-            )
-            if not matches:
-                problems.append(f"{name} matches no file")
-            root = os.path.commonpath([str(Path(each).parent) for each in matches] or ["."])
-            for match in matches:
-                take(Path(match), os.path.relpath(match, root))
-        elif looks_like_a_hub_id(name):
-            found.append(Input(name, name, "hub", split=split))
-        else:
-            problems.append(f"{name} is missing")
-    seen: dict[str, str] = {}
-    for one in found:
-        if one.path in seen:
-            problems.append(f"{one.path} is named twice")
-        seen[one.path] = one.name
-    if problems:
-        raise UsageError(all_problems("the input cannot be used", problems))
-    if len({one.name for one in found}) < len(found):  # the same name in two folders
-        found = [dataclasses.replace(one, name=named.get(one.path, one.name)) for one in found]
-    return found
-
-
-def refuse_inside(names: Sequence[str], inputs: Sequence[Input], output: str) -> None:
-    """Refuses an output that is, holds or lies in an input: its parts would be records.
-
-    Args:
-      names: as given to `find`.
-      inputs: that it found.
-      output: a directory, perhaps not there yet.
-
-    Raises:
-      UsageError: it does; says with which input.
-    """
-    place = local(output).resolve()
-    for one in inputs:
-        if one.format != "hub" and Path(one.path).is_relative_to(place):
-            raise UsageError(f"--output {output} holds the input {one.path}; choose another")
-    for name in names:
-        root = local(name)
-        while glob.has_magic(str(root)) and not root.exists():
-            root = root.parent
-        # Whether folders below are input, or may be.
-        deep = root == local(name) or glob.has_magic(str(local(name).parent))
-        root = root.resolve()
-        if root.is_dir() and (place == root or (deep and place.is_relative_to(root))):
-            raise UsageError(
-                f"--output {output} lies in the input {name}, so that its parts would be records "
-                "of the next run; choose another"
-            )
-
-
-def below(folder: Path, problems: list[str]) -> list[Path]:
-    """The files of a folder that can be input; a link that leads out of it is a problem."""
-    files = []
-    root = folder.resolve()
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if any(part.startswith((".", "_")) for part in parts) or not path.is_file():
-            continue
-        if kind_of(path)[0] is None:
-            continue
-        if not path.resolve().is_relative_to(root):
-            problems.append(f"{path} is a link that leads out of {folder}; name its target instead")
-            continue
-        files.append(path)
-    return files
-
-
-def kind_of(path: Path) -> tuple[str | None, str | None]:
-    """The format and the compression that a file's name tells."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
-    if compression is not None:
-        suffixes.pop()
-    return SUFFIXES.get(suffixes[-1]) if suffixes else None, compression
-
-
-def file_input(path: Path, name: str, format: str) -> Input:
-    kind, compression = kind_of(path)
-    if format != "auto":
-        kind = format
-    if kind is None:
-        raise UsageError(
-            f"{path}: its name tells no format; those are {', '.join(SUFFIXES)}, also with "
-            f"{' or '.join(COMPRESSIONS)}; or give --input-format"
-        )
-    if kind == "parquet" and compression is not None:
-        raise UsageError(f"{path}: Parquet is compressed inside, not as a whole")
-    return Input(str(path.resolve()), name, kind, compression)
-
-
-def looks_like_a_hub_id(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) <= 2 and all(parts) and name[0] not in ".~" and not Path(name).suffix
 
 
 # --- planning ---
@@ -296,56 +139,30 @@ def plan(
       TryAgain: an input cannot be read now.
     """
     planned: list[Input] = []
-    shards: list[list[list[Any]]] = []  # of each the fields of its segments
+    cutter = Cutter(shard_size)
     ids = Ids() if unique_ids else None
-    room = total = 0
+    total = 0
     problems: list[str] = []
     types: list[Mapping[str, Any]] = []
     for index, one in enumerate(inputs):
         one = identified(one)
         source = source_of(one, columns.wanted())
-        if there := source.columns():
-            twice = sorted({name for name in there if there.count(name) > 1})
-            problems += [f"{one.name} has the column {name!r} twice" for name in twice]
-            missing = [name for name in columns.needed() if name not in there]
-            problems += [
-                f"{one.name} has no column {name!r}; it has {', '.join(there)}" for name in missing
-            ]
-            if missing:
-                continue
-        elif there is None:
-            problems += [
-                f"none of the first {SAMPLED} records of {one.name} has the column {name!r}"
-                for name in never_there(source, columns.chosen())
-            ]
-        runs = source.places() if ids is None else ids.places(source, columns)
+        found, usable = column_problems(source, columns)
+        problems += found
+        if not usable:
+            continue
         count = 0
-        for start, line, records, raw in runs:
-            count += records
-            while records:
-                if not room:
-                    shards.append([])
-                    room = shard_size
-                taken = min(room, records)
-                segments = shards[-1]
-                if segments and segments[-1][0] == index:  # which goes on
-                    segments[-1][3] += taken
-                else:
-                    segments.append([index, start, line, taken, new_digest()])
-                if raw is not None:
-                    segments[-1][4].update(raw)
-                start, line, records = start + taken, line + taken, records - taken
-                room -= taken
+        for run in source.places() if ids is None else ids.places(source, columns):
+            count += run.records
+            cutter.take(index, run)
             if count % COUNTED_AT_ONCE == 0:
                 progress(total + count)
         if one.state != state_of(one.path) and one.format != "hub":
             raise TryAgain(f"{one.path} changed while it was read")
-        for segments in shards:
-            if segments[-1][0] == index and not isinstance(segments[-1][4], str):
-                segments[-1][4] = digest_of(segments[-1][4])
+        cutter.end(index)
         total += count
         planned.append(dataclasses.replace(one, records=count))
-        types.append(source.types() if isinstance(source, Parquet) else {})
+        types.append(source.types())
         progress(total)
     if problems:
         raise UsageError(all_problems("the input cannot be used", problems))
@@ -354,11 +171,65 @@ def plan(
     return Plan(
         shard_size,
         tuple(planned),
-        tuple(tuple(Segment(*fields) for fields in segments) for segments in shards),
+        tuple(tuple(Segment(*fields) for fields in segments) for segments in cutter.shards),
         unique_ids,
         ids.duplicates() if ids is not None else (),
         common_types(types, columns.keep),
     )
+
+
+def column_problems(source: Source, columns: Columns) -> tuple[list[str], bool]:
+    """What is wrong with an input's columns, and whether its records can still be counted."""
+    name, there = source.input.name, source.columns()
+    if there:
+        twice = sorted({each for each in there if there.count(each) > 1})
+        problems = [f"{name} has the column {each!r} twice" for each in twice]
+        missing = [each for each in columns.needed() if each not in there]
+        told = f"it has {', '.join(there)}"
+        problems += [f"{name} has no column {each!r}; {told}" for each in missing]
+        return problems, not missing
+    if there is not None:
+        return [], True
+    never = never_there(source, columns.chosen())
+    return [
+        f"none of the first {SAMPLED} records of {name} has the column {each!r}" for each in never
+    ], True
+
+
+class Cutter:
+    """Cuts runs of records into shards.
+
+    Attributes:
+      shards: of each the fields of its segments, with what makes the digest in its place.
+    """
+
+    def __init__(self, shard_size: int):
+        self.shard_size, self.room = shard_size, 0
+        self.shards: list[list[list[Any]]] = []
+
+    def take(self, index: int, run: Run) -> None:
+        """The next records of an input."""
+        start, line, records, raw = run
+        while records:
+            if not self.room:
+                self.shards.append([])
+                self.room = self.shard_size
+            taken = min(self.room, records)
+            segments = self.shards[-1]
+            if segments and segments[-1][0] == index:  # which goes on
+                segments[-1][3] += taken
+            else:
+                segments.append([index, start, line, taken, new_digest()])
+            if raw is not None:
+                segments[-1][4].update(raw)
+            start, line, records = start + taken, line + taken, records - taken
+            self.room -= taken
+
+    def end(self, index: int) -> None:
+        """All records of an input are taken."""
+        for segments in self.shards:
+            if segments[-1][0] == index and not isinstance(segments[-1][4], str):
+                segments[-1][4] = digest_of(segments[-1][4])
 
 
 def new_digest() -> Any:
@@ -394,67 +265,6 @@ def common_types(types: Sequence[Mapping[str, Any]], names: Sequence[str]) -> st
     if not common:
         return None
     return base64.b64encode(pa.schema(common).serialize().to_pybytes()).decode()
-
-
-def identified(one: Input) -> Input:
-    """The input with what tells it from others: a file's hash, a data set's commit."""
-    if one.format == "hub":
-        return hub_commit(one)
-    state = state_of(one.path)
-    if state is None:
-        raise TryAgain(f"{one.path} cannot be read")
-    sha256 = sha256_of(one.path, state)
-    if one.format == "json" and looks_like_lines(one):
-        one = dataclasses.replace(one, format="jsonl")
-    return dataclasses.replace(one, state=state, size=state[0], sha256=sha256)
-
-
-def hub_commit(one: Input) -> Input:
-    """The data set with its commit.
-
-    Raises:
-      UsageError: there is no such data set.
-      TryAgain: the hub cannot be reached.
-    """
-    import huggingface_hub
-
-    try:
-        info = huggingface_hub.HfApi().dataset_info(one.path, revision=one.sha256)
-    except (huggingface_hub.errors.RepositoryNotFoundError,
-            huggingface_hub.errors.RevisionNotFoundError, ValueError) as error:  # fmt: skip
-        raise UsageError(
-            f"{one.path} is neither a file or folder here nor a data set of the hub: {error}"
-        ) from error
-    except Exception as error:  # of the network, in the kinds of whichever library
-        raise TryAgain(
-            f"{one.path} is neither a file or folder here nor a data set that can be reached "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    return dataclasses.replace(one, sha256=info.sha)
-
-
-@functools.lru_cache(maxsize=4_096)
-def sha256_of(path: str, state: tuple[int, ...]) -> str:
-    """The hash of a file that is in such a state; it is read once for each.
-
-    Raises:
-      TryAgain: it cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise TryAgain(f"{path} cannot be read: {error.strerror}") from error
-
-
-def unchanged(one: Input) -> bool:
-    """Whether a file has the bytes that it had when it was planned."""
-    if one.format == "hub":
-        return True  # a commit does not change
-    state = state_of(one.path)
-    if state is None or state[0] != one.size:
-        return False
-    return state == one.state or sha256_of(one.path, state) == one.sha256
 
 
 class Ids:
@@ -509,6 +319,20 @@ class Columns:
     question: str = "question"
     context: str = "context"
     keep: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, names: Mapping[str, str], keep: tuple[str, ...] = ()) -> Columns:
+        """What an option calls them.
+
+        Raises:
+          UsageError: a name stands for nothing.
+        """
+        if unknown := names.keys() - set(KEYS):
+            raise UsageError(
+                f"columns: {', '.join(sorted(unknown))} cannot be named; those are "
+                f"{', '.join(KEYS)}"
+            )
+        return cls(**dict(names), keep=keep)
 
     def chosen(self) -> tuple[str, ...]:
         """Those that were asked for by name and need not be in every record."""
@@ -565,7 +389,7 @@ def id_of(row: Row, columns: Columns) -> str | Exception | None:
     )
 
 
-def example_of(row: Row, columns: Columns, *, max_context_chars: int) -> Example | str:
+def example_of(row: Row, columns: Columns, *, max_context_chars: int | None) -> Example | str:
     """What a record asks, or why it cannot be asked.
 
     What is wrong with the texts themselves (blank, lone surrogates) is for the reader to say.
@@ -586,6 +410,6 @@ def example_of(row: Row, columns: Columns, *, max_context_chars: int) -> Example
         value = identity if name == columns.id else fields.get(name)
         if isinstance(value, str) and (at := features.lone_surrogate(value)) is not None:
             return f"the column {name!r} has a lone surrogate at character {at}"
-    if (size := len(context)) > max_context_chars:
+    if max_context_chars is not None and (size := len(context)) > max_context_chars:
         return f"the context has {size:,} characters, more than {max_context_chars:,}"
     return Example(identity or "", question, context)

@@ -1,15 +1,35 @@
-"""Texts to tokens, and tokens back to their places in a text, by the library `tokenizers`."""
+"""Tokenizers out of files; texts to tokens, and tokens back to their places in a text."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 
+from flaxqa import weights
+from flaxqa.errors import ModelRejected, all_problems
+
+VOCABULARY_LIMIT = 8 << 20  # bytes; that of BERT for a hundred languages has 1 MB
+# Settings of tokenizer_config.json, and what the tokenizer calls them.
+NORMALIZER = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+TOKENIZER_CLASSES = (
+    None,
+    "BertTokenizer",
+    "BertTokenizerFast",
+    "DistilBertTokenizer",
+    "DistilBertTokenizerFast",
+)
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TEXTS_AT_ONCE = 32
 PIECE = 1 << 14  # characters that the library is given at once of a long text
 PIECES_AT_ONCE = 8
@@ -184,6 +204,139 @@ def never_looks_across_spaces(tokenizer: tokenizers.Tokenizer) -> bool:
             for token in added
         )
     )
+
+
+# --- tokenizers out of files ---
+
+
+def load_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
+    """The directory's tokenizer, and the names of the files that made it.
+
+    `tokenizer.json` is taken as it is but for the truncation and padding that its fine-tuning left
+    in it; of older checkpoints `vocab.txt` and the settings of `tokenizer_config.json`.
+
+    Raises:
+      ModelRejected: no tokenizer, a damaged one, one that is not BERT's, or two files that
+        contradict each other.
+    """
+    names = ["tokenizer_config.json"] if (directory / "tokenizer_config.json").exists() else []
+    content = weights.read_json(directory, names[0]) if names else {}
+    settings = {key: content[key] for key in NORMALIZER if content.get(key) is not None}
+    for key, value in settings.items():
+        if not isinstance(value, bool):
+            raise ModelRejected(
+                f"{directory / names[0]}: {key} is {value!r}, it must be true or false"
+            )
+    if (directory / "tokenizer.json").exists():
+        names.append("tokenizer.json")
+        return read_tokenizer(directory, settings), names
+    if not (directory / "vocab.txt").exists():
+        raise ModelRejected(f"{directory} has neither tokenizer.json nor vocab.txt")
+    if (kind := content.get("tokenizer_class")) not in TOKENIZER_CLASSES:
+        raise ModelRejected(f"{directory / names[0]}: tokenizer_class {kind!r} is not computed")
+    path = weights.inside(directory, "vocab.txt")
+    if (size := path.stat().st_size) > VOCABULARY_LIMIT:
+        raise ModelRejected(f"{path} has {size:,} bytes, more than {VOCABULARY_LIMIT:,}")
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ModelRejected(f"{path} is not UTF-8: {error}") from error
+    vocab = {token.rstrip("\r"): index for index, token in enumerate(lines)}
+    if len(vocab) != len(lines):
+        raise ModelRejected(f"{path} has {len(lines) - len(vocab)} tokens twice")
+    names.append("vocab.txt")
+    return bert_tokenizer(vocab, **{NORMALIZER[key]: settings[key] for key in settings}), names
+
+
+def read_tokenizer(directory: Path, settings: Mapping[str, bool]) -> tokenizers.Tokenizer:
+    """`tokenizer.json`, without truncation and padding."""
+    content = weights.read_json(directory, "tokenizer.json")
+    path = directory / "tokenizer.json"
+    if problems := unlike_bert(content):
+        raise ModelRejected(all_problems(f"{path} is not BERT's tokenizer", problems))
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the Rust library is not an Exception
+        raise ModelRejected(f"{path} is not a tokenizer: {error}") from error
+    normalizer = content.get("normalizer") or {}
+    for key, value in settings.items():
+        stored = normalizer.get(NORMALIZER[key], value)
+        if stored is None:  # accents go with upper case
+            stored = normalizer.get("lowercase")
+        if stored is not value:
+            raise ModelRejected(
+                f"{path} has {NORMALIZER[key]} {stored}, tokenizer_config.json has {key} {value}"
+            )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def bert_tokenizer(
+    vocab: Mapping[str, int],
+    *,
+    lowercase: bool = True,
+    strip_accents: bool | None = None,
+    handle_chinese_chars: bool = True,
+) -> tokenizers.Tokenizer:
+    """BERT's WordPiece tokenizer over a vocabulary.
+
+    Args:
+      vocab: {token: id}.
+      lowercase: whether upper case is made lower case.
+      strip_accents: whether accents are taken off letters; None does so where `lowercase` is set.
+      handle_chinese_chars: whether each Chinese character is a word.
+
+    Raises:
+      ModelRejected: one of SPECIAL_TOKENS is not in it.
+    """
+    if missing := [token for token in SPECIAL_TOKENS if token not in vocab]:
+        raise ModelRejected(f"the vocabulary has no {', '.join(missing)}")
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece(vocab=dict(vocab), unk_token="[UNK]")  # noqa: S106 (no password)
+    )
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
+        lowercase=lowercase,
+        strip_accents=strip_accents,
+        handle_chinese_chars=handle_chinese_chars,
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(
+        ("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"])
+    )
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+def tokenizer_problems(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> list[str]:
+    """What would make the tokenizer's ids mean something else to the model; empty when all is well.
+
+    An id past the embedding table is no error to a device: it reads NaN or the last row.
+    """
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    needed = ("[UNK]", "[CLS]", "[SEP]")
+    problems = [f"it has no {token}" for token in needed if token not in vocab]
+    if len(vocab) != vocab_size:
+        problems.append(f"it has {len(vocab)} tokens, the config has vocab_size {vocab_size}")
+    elif max(vocab.values()) >= vocab_size:
+        problems.append(f"its largest id is {max(vocab.values())}, past the vocabulary")
+    if not problems:
+        # Two words and a character that hardly any vocabulary has.
+        pair = ("who", "where \U00010fff")
+        cls, sep = vocab["[CLS]"], vocab["[SEP]"]
+        try:
+            a, b = (tokenizer.encode(text, add_special_tokens=False).ids for text in pair)
+            whole = tokenizer.encode(*pair).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the Rust library is not an Exception
+            return [f"it cannot tokenize {pair}: {error}"]
+        if whole != [cls, *a, sep, *b, sep]:
+            problems.append("it does not make [CLS] question [SEP] context [SEP]")
+    return problems
 
 
 # What each part of `tokenizer.json` may be, and its options with their types.

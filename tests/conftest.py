@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flaxqa import checkpoint
+from flaxqa import tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -23,7 +23,7 @@ WORDS = (
     "who where what is was in the a an of bob berlin and lives live my name i am called wolfgang "
     "which city does ##s ##ing , . ? ' - 1 2 3 b c d e"
 ).split()
-VOCAB = [*checkpoint.SPECIAL_TOKENS, *dict.fromkeys(WORDS)]
+VOCAB = [*tokens.SPECIAL_TOKENS, *dict.fromkeys(WORDS)]
 TINY = {
     "vocab_size": len(VOCAB),
     "max_position_embeddings": 64,
@@ -128,9 +128,9 @@ def write_config(folder, **changes):
 
 
 def write_tokenizer(folder, vocab=VOCAB):
-    checkpoint.bert_tokenizer(
-        {token: index for index, token in enumerate(vocab)}, lowercase=True
-    ).save(str(folder / "tokenizer.json"))
+    tokens.bert_tokenizer({token: index for index, token in enumerate(vocab)}, lowercase=True).save(
+        str(folder / "tokenizer.json")
+    )
 
 
 @pytest.fixture

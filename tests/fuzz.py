@@ -75,11 +75,11 @@ Target = tuple[Callable[[Path], Any], list[Path]]
 def small_checkpoint(folder: Path) -> Any:
     from flax import nnx
 
-    from flaxqa import DistilBertConfig, DistilBertForQuestionAnswering, checkpoint
+    from flaxqa import DistilBertConfig, DistilBertForQuestionAnswering, checkpoint, tokens
 
     words = ["who", "where", "is", "bob", ".", "?", "a", "##b"]
-    vocab = {token: at for at, token in enumerate([*checkpoint.SPECIAL_TOKENS, *words])}
-    tokenizer = checkpoint.bert_tokenizer(vocab)
+    vocab = {token: at for at, token in enumerate([*tokens.SPECIAL_TOKENS, *words])}
+    tokenizer = tokens.bert_tokenizer(vocab)
     config = DistilBertConfig(vocab_size=len(vocab), max_position_embeddings=32, dim=8, n_heads=2,
                               n_layers=1, hidden_dim=8)  # fmt: skip
     model = DistilBertForQuestionAnswering(config, rngs=nnx.Rngs(0))
@@ -125,17 +125,18 @@ def weight_files(folder: Path) -> Target:
 
 
 def squad_files(folder: Path) -> Target:
-    from eval import squad
+    from flaxqa.eval import questions as dataset
+    from flaxqa.eval import squad
 
     content = json.loads((QUICKSTART / "heldout.json").read_bytes())
     content["data"] = content["data"][:3]
     (folder / "data.json").write_text(json.dumps(content))
-    data = squad.read(folder / "data.json")
+    data = dataset.read(folder / "data.json")
     (folder / "predictions.json").write_text(json.dumps({one.id: "a b" for one in data.questions}))
     (folder / "odds.json").write_text(json.dumps({one.id: -1.5 for one in data.questions}))
 
     def read(path: Path) -> None:
-        questions, v2 = squad.read(folder / "data.json")
+        questions, v2 = dataset.read(folder / "data.json")
         given = squad.read_predictions(folder / "predictions.json")
         odds = squad.read_na_probs(folder / "odds.json")
         squad.score(questions, given, v2=v2)
@@ -153,19 +154,19 @@ def record_files(folder: Path) -> Target:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from flaxqa import batch, records, sources
+    from flaxqa import inputs, records, rows, sources, work
 
-    rows = [{"id": str(i), "question": f"who {i}?", "context": 'it, "is"\n' * 3, "kept": i * 1.5,
+    good = [{"id": str(i), "question": f"who {i}?", "context": 'it, "is"\n' * 3, "kept": i * 1.5,
              "when": 10**9 * i} for i in range(30)]  # fmt: skip
-    table = pa.Table.from_pylist(rows)
+    table = pa.Table.from_pylist(good)
     when = table.column("when").cast(pa.timestamp("us"))
     table = table.set_column(4, "when", when)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    lines = "".join(json.dumps(row) + "\n" for row in good)
     (folder / "a.jsonl").write_text(lines)
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     table.to_pandas().to_csv(folder / "c.csv", index=False)
     pq.write_table(table, folder / "d.parquet", row_group_size=7)
-    (folder / "e.json").write_text(json.dumps(rows))
+    (folder / "e.json").write_text(json.dumps(good))
     shutil.copy(QUICKSTART / "heldout.json", folder / "f.json")
     paths = sorted(folder.iterdir())
     kept = records.Columns(keep=("kept", "when"))
@@ -173,15 +174,15 @@ def record_files(folder: Path) -> Target:
     def read(path: Path) -> None:
         columns = records.Columns() if path.name == "f.json" else kept
 
-        def source(one: sources.Input) -> sources.Source:
+        def source(one: rows.Input) -> rows.Source:
             return sources.source_of(one, columns.wanted())
 
-        plan = records.plan(records.find([str(path)]), 8, columns=columns, unique_ids=True)
+        plan = records.plan(inputs.find([str(path)]), 8, columns=columns, unique_ids=True)
         count = 0
         for shard in range(len(plan.shards)):
             for _, row in records.rows_of(plan, shard, source):
                 asked = records.example_of(row, columns, max_context_chars=1_000)
-                json.loads(batch.error_line(row, str(asked)))
+                json.loads(work.error_line(row, str(asked)))
                 count += 1
         if count != plan.records:
             raise AssertionError(f"{count} rows of {plan.records}")
@@ -229,8 +230,8 @@ def state_files(folder: Path) -> Target:
 
 
 def configs(folder: Path) -> Target:
-    from eval.config import CompareConfig, EvalConfig
     from flaxqa import config
+    from flaxqa.eval.config import CompareConfig, EvalConfig
 
     kinds: dict[str, Any] = {
         "quickstart.toml": EvalConfig, "gpu.toml": EvalConfig, "compare.toml": CompareConfig,

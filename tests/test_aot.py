@@ -4,7 +4,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from eval import aot
+from flaxqa.eval import aot
 
 LIMITS = json.loads((ROOT / "benchmarks" / "tpu.json").read_bytes())["programs"]
 

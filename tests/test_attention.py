@@ -13,7 +13,7 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxqa import attention, inference
+from flaxqa import attention, plan
 from flaxqa.model import DistilBertConfig
 
 CONFIG = DistilBertConfig(**{**TINY, "dim": 64, "n_heads": 2})
@@ -44,7 +44,7 @@ def check(function, sizes, heads=2, size=32, tokens=None, longest=None, slots=No
     """The largest difference of a kind from the plain form, in float32."""
     total = sum(sizes)
     tokens = tokens or -(-total // 128) * 128
-    row = inference.row_of(sizes, tokens=tokens, windows=slots or len(sizes) + 2)
+    row = plan.row_of(sizes, tokens=tokens, windows=slots or len(sizes) + 2)
     qkv = qkv_of(tokens, heads, size)
     mixed = function(*jnp.asarray(qkv), jax.tree.map(jnp.asarray, row), longest or max(sizes))
     assert mixed.shape == qkv.shape[1:]
@@ -71,7 +71,7 @@ def test_attention_stays_inside_the_windows(kind, mix):
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_a_row_may_hold_no_window(kind):
-    row = jax.tree.map(jnp.asarray, inference.row_of([], tokens=128, windows=3))
+    row = jax.tree.map(jnp.asarray, plan.row_of([], tokens=128, windows=3))
     assert np.isfinite(EXACT[kind](*jnp.asarray(qkv_of(128, 2, 32)), row, 64)).all()
 
 
@@ -111,7 +111,7 @@ def packed_by_its_arguments(
     assert (offsets[used + 1 :] == -1).all()
     assert np.array_equal(np.diff(offsets[: used + 1]), lengths[:used])
     assert offsets[used] <= tokens
-    row = inference.row_of(lengths[:used].tolist(), tokens=tokens, windows=slots)
+    row = plan.row_of(lengths[:used].tolist(), tokens=tokens, windows=slots)
     assert np.array_equal(row.starts[:used], offsets[:used])
     return jnp.asarray(plain(np.stack([query[0], key[0], value[0]]), row))[None]
 
@@ -126,7 +126,7 @@ def padded_by_its_arguments(
     assert (query_seq_lengths <= query.shape[1]).all()
     mixed = []
     for q, k, v, length in zip(query, key, value, query_seq_lengths.tolist(), strict=True):
-        row = inference.row_of([length], tokens=len(q), windows=1)
+        row = plan.row_of([length], tokens=len(q), windows=1)
         mixed.append(plain(np.stack([q, k, v]), row))
     return jnp.asarray(np.stack(mixed))
 
@@ -168,7 +168,7 @@ def test_cudnn_lowers_to_its_own_call(kind, monkeypatch):
 
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91_200)
     monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
-    row = inference.row_of([100, 60], tokens=256, windows=4)
+    row = plan.row_of([100, 60], tokens=256, windows=4)
     given = jnp.asarray(qkv_of(256, 2, 64), jnp.bfloat16)
     function = jax.jit(lambda qkv, row: attention.KINDS[kind](*qkv, row, 128))
     lowered = function.trace(given, row).lower(lowering_platforms=("cuda",))

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from conftest import QUICKSTART
 
-from eval import backends, squad
-from eval.backends import BACKENDS, Padded
 from flaxqa import checkpoint, features
 from flaxqa.errors import UsageError
+from flaxqa.eval import backend, backends
+from flaxqa.eval import questions as dataset
+from flaxqa.eval.backends import BACKENDS, Padded
 from flaxqa.tokens import Places, Tokens
 
 MODEL = str(QUICKSTART / "checkpoint")
@@ -16,7 +17,7 @@ PACKAGES = {"tensorflow": "tensorflow", "openvino": "openvino"}
 
 @pytest.fixture(scope="module")
 def windows():
-    questions = squad.read(QUICKSTART / "heldout.json").questions[:10]
+    questions = dataset.read(QUICKSTART / "heldout.json").questions[:10]
     return features.make(questions, checkpoint.load(MODEL).tokenizer)
 
 
@@ -26,7 +27,8 @@ def wanted(windows, tmp_path_factory):
 
 
 def load(name, dtype, folder):
-    return backends.load(name, MODEL, dtype, 2, str(folder))
+    kind = backends.backend_of(name)
+    return kind(kind.prepare(MODEL, dtype, str(folder)), dtype, 2)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own parts
@@ -58,7 +60,7 @@ def test_other_dtypes_are_near_and_not_the_same(tmp_path, windows, wanted, name,
 @pytest.mark.parametrize("way", ["shipped", "tuned"])
 def test_padded_batches_have_every_window_once(way):
     lengths = np.random.default_rng(0).integers(20, 385, 99).tolist()
-    batches = backends.padded_batches(lengths, way)
+    batches = backend.padded_batches(lengths, way)
     assert sorted(index for rows, _ in batches for index in rows) == list(range(99))
     for rows, length in batches:
         assert max(lengths[index] for index in rows) <= length <= 384
@@ -91,13 +93,14 @@ def test_logits_of_padded_batches_come_back_to_their_windows():
 
 
 def test_a_backend_of_ones_own_is_found_by_module_and_class():
-    assert backends.backend_of("eval.backends:Torch") is backends.Torch
+    assert backends.backend_of("flaxqa.eval.backends:Torch") is backends.Torch
 
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("keras", "'keras' is not one of jax"), ("eval.squad:Scores", "nor module:Class of a Backend"),
-     ("no.module:X", "cannot be imported"), ("eval.squad:Missing", "cannot be imported")],
+    [("keras", "'keras' is not one of jax"),
+     ("flaxqa.eval.squad:Scores", "nor module:Class of a Backend"),
+     ("no.module:X", "cannot be imported"), ("flaxqa.eval.squad:Missing", "cannot be imported")],
 )  # fmt: skip
 def test_another_name_is_refused(name, told):
     with pytest.raises(UsageError, match=told):

@@ -37,7 +37,7 @@ def test_help_teaches_and_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
-    for part in ("ask", "eval", "score", "Exit codes", "--config configs/quickstart.toml"):
+    for part in ("ask", "eval", "score", "Exit codes", "--config quickstart"):
         assert part in done.stdout
 
 
@@ -119,7 +119,7 @@ def test_ask_is_readable_on_a_terminal():
         (
             ["--model", MODEL, "--context", "x", "--top-k", "0"],
             2,
-            "top_k is 0, it must be an integer of at least 1",
+            "--top-k is 0, it must be an integer of at least 1",
         ),
         (["--model", MODEL, "--context", "x", "--context-file", "y"], 2, "not both"),
         (["--model", MODEL, "--context-file", "/no/file"], 2, "/no/file cannot be read"),
@@ -307,7 +307,7 @@ def test_predictions_of_other_questions_are_noticed(tmp_path):
 
 
 def test_an_excerpt_is_whole_words_on_one_line():
-    from flaxqa.cli import excerpt
+    from flaxqa.show import excerpt
 
     context = "aaa bbb\nccc  ddd eee fff ggg"
     assert excerpt(context, 13, 16, around=9) == ("… ccc ", " eee fff …")

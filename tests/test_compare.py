@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from conftest import QUICKSTART
 
-from eval import backends, compare, report, results, runner, squad
-from eval.config import BenchConfig, CompareConfig
 from flaxqa import cli
 from flaxqa.errors import UsageError
+from flaxqa.eval import backends, compare, report, results, runner
+from flaxqa.eval import questions as dataset
+from flaxqa.eval.config import BenchConfig, CompareConfig
 from flaxqa.features import Feature
 from flaxqa.tokens import Tokens
 
@@ -17,7 +18,7 @@ DATA = {"model": str(QUICKSTART / "checkpoint"), "data": str(QUICKSTART / "heldo
 QUICK = {**DATA, "limit": 12, "rounds": 2, "min_seconds": 0.2, "min_queries": 12}
 CHEATS = '''
 import numpy as np
-from eval.backends import Jax
+from flaxqa.eval.backends import Jax
 from flaxqa.spans import Logits
 
 
@@ -238,12 +239,12 @@ def test_the_rates_that_are_tried_close_in_on_the_highest():
      ("int8", 60, 1.0, "INVALID"), ("int8", 0, 0.7, "INVALID")],
 )  # fmt: skip
 def test_other_dtypes_may_stray_a_little_and_lose_by_chance(dtype, stray, f1, verdict):
-    questions = squad.read(QUICKSTART / "heldout.json").questions[:100]
+    questions = dataset.read(QUICKSTART / "heldout.json").questions[:100]
     right = {one.id: one.answers[0] for one in questions}
     given = {
         one.id: right[one.id] if index < 100 * f1 else "no" for index, one in enumerate(questions)
     }
-    job = runner.Job("x", dtype, "", "", 384, 1)
+    job = runner.Job("x", dtype, "", "", 384, 1, "")
 
     class Worker:
         absent = None
@@ -252,8 +253,8 @@ def test_other_dtypes_may_stray_a_little_and_lose_by_chance(dtype, stray, f1, ve
     reference = results.Contestant(job, Worker(), answers=right)
     one = results.Contestant(job, Worker(), answers=given)
     one.logits = reference.logits = np.zeros((2, 9))
-    one.offline["tuned"] = [{"seconds": dict.fromkeys(runner.STAGES, 2.0), "elapsed": 6.0,
-                             "queries": 1_000, "wrong": stray}]  # fmt: skip
+    one.offline["tuned"] = [{"seconds": dict.fromkeys(runner.STAGES, 2.0), "total": 6.0,
+                             "elapsed": 6.0, "queries": 1_000, "wrong": stray}]  # fmt: skip
     config = BenchConfig(**DATA, output="")
     about = {"useful_flops": 8e9, "device_name": "cpu"}
     about["product_flops_per_second"] = {"float32": 16e9}
@@ -269,17 +270,17 @@ def test_other_dtypes_may_stray_a_little_and_lose_by_chance(dtype, stray, f1, ve
 
 
 def test_speeds_on_different_devices_are_no_ratio():
-    questions = [squad.SquadExample("0", "q", "c", ("x",))]
+    questions = [dataset.SquadExample("0", "q", "c", ("x",))]
 
     def contestant(device):
         class Worker:
             absent = None
             ready = {"load_seconds": 1.0, "first_call_seconds": 1.0, "device": device}  # noqa: RUF012
 
-        job = runner.Job(device, "float32", "", "", 384, 1)
+        job = runner.Job(device, "float32", "", "", 384, 1, "")
         one = results.Contestant(job, Worker(), {"0": "x"})
-        one.offline["tuned"] = [{"seconds": dict.fromkeys(runner.STAGES, 2.0), "elapsed": 6.0,
-                                 "queries": 1, "wrong": 0}]  # fmt: skip
+        one.offline["tuned"] = [{"seconds": dict.fromkeys(runner.STAGES, 2.0), "total": 6.0,
+                                 "elapsed": 6.0, "queries": 1, "wrong": 0}]  # fmt: skip
         return one
 
     every = [contestant("an H100"), contestant("an H100"), contestant("cpu")]
@@ -414,3 +415,41 @@ def test_large_batches_on_accelerators_have_few_shapes(monkeypatch):
     Fixed().run(windows[:3], "tuned")
     ((rows, _),) = seen
     assert rows == 4  # a few windows are not computed as many
+
+
+def test_a_backend_that_fails_is_told_of_by_its_traceback_and_exit_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_backend.py").write_text(
+        "from flaxqa.eval.backends import Jax\n\nclass Broken(Jax):\n"
+        "    def __init__(self, *arguments):\n        raise ArithmeticError('of its own')\n"
+    )
+    command = ["compare", *(f"--{name}={value}" for name, value in DATA.items()), "--limit", "4",
+               "--rounds", "1", "--min-seconds", "0.1", "--min-queries", "4", "--no-sweep",
+               "--scenarios", "offline", "--output", "out",
+               "--backends", "jax", "broken_backend:Broken"]  # fmt: skip
+    assert cli.run(command) == 3
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["backends"]
+    assert rows[0]["verdict"] == "VALID"
+    assert (rows[1]["absent"], rows[1]["failed"]) == ("ArithmeticError: of its own", True)
+    log = (tmp_path / "out" / "workers.log").read_text()
+    assert "Traceback" in log
+    assert "of its own" in log
+
+
+def test_start_and_step_are_measured_of_those_that_have_them(tmp_path):
+    config = CompareConfig(**QUICK, output=str(tmp_path), backends=("jax", "jax-model"),
+                           sweep=False, scenarios=("start", "step", "offline"))  # fmt: skip
+    ours, plain = compare.compare(config)["backends"]
+    assert ours["starts"].keys() == plain["starts"].keys() == {"empty", "full"}
+    for start in (*ours["starts"].values(), *plain["starts"].values()):
+        assert start["same_answers"]
+        assert start["seconds"] > start["answers_seconds"] > 0
+    assert plain["starts"]["full"]["seconds"] < plain["starts"]["empty"]["seconds"]
+    assert plain["step"] is None
+    assert 0 < ours["step"]["seconds"] < 60
+    assert 0 < ours["step"]["share_of_products"] < 3
+    assert ours["offline"]["streamed"]["questions_per_second"] > 0
+    assert "streamed" not in plain["offline"]
+    head, (mine, _) = report.table({"backends": [ours, plain]})
+    assert mine[head.index("start cold")].endswith("s")
+    assert "%" in mine[head.index("step TFLOP/s")]

@@ -12,13 +12,9 @@ from conftest import QUICKSTART, TINY
 from flax import nnx
 
 from flaxqa import cli, export
+from flaxqa.checkpoint import BertForQuestionAnswering, DistilBertForQuestionAnswering
 from flaxqa.errors import DataError, TryAgain, UsageError
-from flaxqa.model import (
-    BertConfig,
-    BertForQuestionAnswering,
-    DistilBertConfig,
-    DistilBertForQuestionAnswering,
-)
+from flaxqa.model import BertConfig, DistilBertConfig
 
 SIZES = ((1, 1), (2, 30), (5, 64))  # rows and tokens
 KINDS = {

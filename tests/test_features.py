@@ -9,15 +9,15 @@ from conftest import QUICKSTART, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import squad
-from flaxqa import checkpoint, features
+from flaxqa import features, tokens
 from flaxqa.errors import DataError, UsageError
+from flaxqa.eval import questions as dataset
 from flaxqa.features import Example
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return checkpoint.load_tokenizer(QUICKSTART / "checkpoint")[0]
+    return tokens.load_tokenizer(QUICKSTART / "checkpoint")[0]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def check_against_transformers(examples, tokenizer, theirs, max_length=384, doc_
 def test_windows_are_those_of_transformers(
     tokenizer, transformers_tokenizer, max_length, doc_stride
 ):
-    examples = squad.read(QUICKSTART / "heldout.json").questions
+    examples = dataset.read(QUICKSTART / "heldout.json").questions
     windows = check_against_transformers(
         examples, tokenizer, transformers_tokenizer, max_length, doc_stride
     )
@@ -80,8 +80,8 @@ def test_special_tokens_in_the_text_shift_no_window(tokenizer, transformers_toke
 def test_the_dev_set_has_10784_windows_exactly_as_transformers_makes_them():
     folder = SHARED / "checkpoints" / "distilbert-minilm-squad"
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    examples = squad.read(SHARED / "squad" / "dev-v1.1.json").questions
-    windows = check_against_transformers(examples, checkpoint.load_tokenizer(folder)[0], theirs)
+    examples = dataset.read(SHARED / "squad" / "dev-v1.1.json").questions
+    windows = check_against_transformers(examples, tokens.load_tokenizer(folder)[0], theirs)
     assert len(windows) == 10_784
     assert sum(map(len, windows)) == 1_897_568
 
@@ -89,7 +89,7 @@ def test_the_dev_set_has_10784_windows_exactly_as_transformers_makes_them():
 @settings(max_examples=300, deadline=None)
 @given(st.text(min_size=1), st.text(min_size=1))
 def test_offsets_are_code_points_of_the_original_text(question, context):
-    tokenizer = checkpoint.load_tokenizer(QUICKSTART / "checkpoint")[0]
+    tokenizer = tokens.load_tokenizer(QUICKSTART / "checkpoint")[0]
     example = Example("1", question, context)
     if features.why_unanswerable(example) is not None:
         return
@@ -223,8 +223,8 @@ def test_mlperf_windows_are_those_of_run_squad(tokenizer, length, size, stride):
 
 @pytest.mark.shared
 def test_the_dev_set_has_10833_windows_in_the_mlperf_cutting():
-    examples = squad.read(SHARED / "squad" / "dev-v1.1.json").questions
-    tokenizer, _ = checkpoint.load_tokenizer(SHARED / "checkpoints" / "distilbert-minilm-squad")
+    examples = dataset.read(SHARED / "squad" / "dev-v1.1.json").questions
+    tokenizer, _ = tokens.load_tokenizer(SHARED / "checkpoints" / "distilbert-minilm-squad")
     assert len(features.make(examples, tokenizer, windows="mlperf")) == 10_833
 
 
@@ -251,8 +251,8 @@ def test_truncation_and_padding_in_tokenizer_json_change_nothing(tokenizer, tmp_
         "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]",
     }  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    spoilt = checkpoint.load_tokenizer(tmp_path)[0]
-    examples = squad.read(QUICKSTART / "heldout.json").questions[:50]
+    spoilt = tokens.load_tokenizer(tmp_path)[0]
+    examples = dataset.read(QUICKSTART / "heldout.json").questions[:50]
     for a, b in zip(
         features.make(examples, tokenizer), features.make(examples, spoilt), strict=True
     ):

@@ -4,9 +4,9 @@ import pytest
 from conftest import HUB_MODEL, QUICKSTART
 
 import flaxqa
-from eval import run
-from eval.config import EvalConfig
 from flaxqa.config import read_toml
+from flaxqa.eval import run
+from flaxqa.eval.config import EvalConfig
 
 pytestmark = pytest.mark.hub
 

@@ -10,15 +10,12 @@ import scipy.special
 from conftest import TINY
 from flax import nnx
 
-from flaxqa import attention, inference
+from flaxqa import attention, inference, plan
 from flaxqa.answers import Table
+from flaxqa.checkpoint import BertForQuestionAnswering, DistilBertForQuestionAnswering
 from flaxqa.features import Example, Feature
-from flaxqa.inference import Context
-from flaxqa.model import (
-    BertForQuestionAnswering,
-    DistilBertConfig,
-    DistilBertForQuestionAnswering,
-)
+from flaxqa.model import DistilBertConfig
+from flaxqa.plan import Context
 from flaxqa.spans import Logits, Pairs, Spans
 from flaxqa.tokens import Places, Tokens
 
@@ -39,7 +36,7 @@ def model(kind, dtype):
 
 def row(windows=8):
     rng = np.random.default_rng(1)
-    made = inference.row_of(WINDOWS, tokens=TOKENS, windows=windows)
+    made = plan.row_of(WINDOWS, tokens=TOKENS, windows=windows)
     return dataclasses.replace(
         made,
         input_ids=rng.integers(1, TINY["vocab_size"], TOKENS).astype(np.int32),
@@ -113,7 +110,7 @@ def test_bfloat16_moves_logits_by_less_than_six_thousandths():
     sizes = [384, 200, 100, 60, 20]
     weights, last = inference.weights_of(made), sum(sizes)
     ids = np.random.default_rng(0).integers(0, 999, 768).astype(np.int32)
-    ragged = dataclasses.replace(inference.row_of(sizes, tokens=768, windows=8), input_ids=ids)
+    ragged = dataclasses.replace(plan.row_of(sizes, tokens=768, windows=8), input_ids=ids)
     exact = jax.tree.map(lambda array: array.astype(np.float32), weights)
     wanted = np.asarray(forward_of(made, longest=384)(exact, ragged))[:last]
     errors = []
@@ -149,7 +146,7 @@ def test_devices_find_the_spans_that_the_host_finds(rule, seed):
     """Those of `Table`, which searches the same logits with numpy; ties included."""
     rng = np.random.default_rng(seed)
     sizes = sorted(rng.integers(4, 33, 9).tolist(), reverse=True)
-    ragged = inference.row_of(sizes, tokens=320, windows=12)
+    ragged = plan.row_of(sizes, tokens=320, windows=12)
     logits = rng.normal(size=(320, 2)).astype(np.float32).round(seed % 2)
     examples, windows = [], []
     starts = np.zeros(12, np.int32)
@@ -186,7 +183,7 @@ def test_devices_find_the_spans_that_the_host_finds(rule, seed):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_devices_tell_of_windows_whose_logits_are_not_finite(value):
-    ragged = inference.row_of([9, 5, 4], tokens=64, windows=4)
+    ragged = plan.row_of([9, 5, 4], tokens=64, windows=4)
     logits = np.zeros((64, 2), np.float32)
     logits[12, 1] = logits[40, 0] = value  # of the second window, and of none
     context = Context(np.full(4, 2, np.int32), np.ones(64, bool))

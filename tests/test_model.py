@@ -10,14 +10,9 @@ from flax import nnx
 
 import flaxqa
 from flaxqa import checkpoint
+from flaxqa.checkpoint import BertForQuestionAnswering, DistilBertForQuestionAnswering
 from flaxqa.errors import ModelRejected
-from flaxqa.model import (
-    BertConfig,
-    BertForQuestionAnswering,
-    DistilBertConfig,
-    DistilBertForQuestionAnswering,
-    read_config,
-)
+from flaxqa.model import BertConfig, DistilBertConfig, read_config
 
 
 def torch_output(model, input_ids, attention_mask, **requests):

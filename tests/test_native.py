@@ -18,10 +18,11 @@ from conftest import TINY
 from flax import nnx
 
 from flaxqa import attention, inference, native, predict
+from flaxqa.checkpoint import DistilBertForQuestionAnswering
 from flaxqa.errors import UsageError
-from flaxqa.inference import Ragged
-from flaxqa.model import BertConfig, DistilBertConfig, DistilBertForQuestionAnswering
+from flaxqa.model import BertConfig, DistilBertConfig
 from flaxqa.native import build
+from flaxqa.plan import Ragged
 from flaxqa.predict import Predictor
 
 WINDOWS = (50, 41, 33, 32, 31, 17, 14, 13, 5, 2, 1)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flaxqa
-from flaxqa import answers, checkpoint, features, pipelines
+from flaxqa import checkpoint, features, pipelines, tokens
 from flaxqa.errors import ModelRejected, UsageError
+from flaxqa.pipeline_answers import decode_pipeline
 from flaxqa.spans import Logits
 from flaxqa.tokens import Places, Tokens
 
@@ -262,8 +263,8 @@ def test_what_the_pipeline_cannot_be_made_of_is_named(tmp_path):
         flaxqa.pipeline(model=MODEL, batch_size=0)
     with pytest.raises(UsageError, match="is missing"):
         flaxqa.pipeline(model=tmp_path / "none" / "such")
-    other = checkpoint.bert_tokenizer(
-        {token: i for i, token in enumerate(checkpoint.SPECIAL_TOKENS)}, lowercase=True
+    other = tokens.bert_tokenizer(
+        {token: i for i, token in enumerate(tokens.SPECIAL_TOKENS)}, lowercase=True
     )
     with pytest.raises(ModelRejected, match="does not fit the model"):
         flaxqa.pipeline(model=MODEL, tokenizer=other)
@@ -437,12 +438,12 @@ def test_a_window_is_decoded_as_written_out_by_hand():
     logits = [Logits(start, end)]
     example = features.Example("1", "q", "abc")
     # Over [CLS], a, b, c both softmaxes divide by 8: b-b is 4 * 2 / 64, b-c 4 * 1 / 64.
-    (raw,) = answers.decode_pipeline([example], [window], logits, align_to_words=False)
+    (raw,) = decode_pipeline([example], [window], logits, align_to_words=False)
     assert raw == [{"score": pytest.approx(8 / 64), "start": 1, "end": 2, "answer": "b"}]
     # Widened to words b, b-c and c are all "bc": 8 + 4 + 1.
-    (words,) = answers.decode_pipeline([example], [window], logits)
+    (words,) = decode_pipeline([example], [window], logits)
     assert words == [{"score": pytest.approx(13 / 64), "start": 1, "end": 3, "answer": "bc"}]
-    (short,) = answers.decode_pipeline(
+    (short,) = decode_pipeline(
         [example], [window], logits, top_k=9, max_answer_length=1, handle_impossible_answer=True
     )
     assert [(one["answer"], round(one["score"] * 64)) for one in short][:3] == [

@@ -4,7 +4,7 @@ import json
 
 from conftest import QUICKSTART
 
-from eval import precision
+from flaxqa.eval import precision
 
 
 def test_fewer_bits_are_measured_in_the_step_of_accelerators(tmp_path, capsys):

@@ -4,11 +4,12 @@ import pytest
 from conftest import TINY
 from flax import nnx
 
-from eval import squad
 from flaxqa import answers, attention, checkpoint, devices, features, predict
+from flaxqa.checkpoint import DistilBertForQuestionAnswering
 from flaxqa.errors import UsageError
+from flaxqa.eval import questions as dataset
 from flaxqa.features import Feature, Windows
-from flaxqa.model import DistilBertConfig, DistilBertForQuestionAnswering
+from flaxqa.model import DistilBertConfig
 from flaxqa.plan import Batch, Shape, Sizes
 from flaxqa.predict import Predictor
 from flaxqa.tokens import Places, Tokens
@@ -27,7 +28,7 @@ def trained():
 def windows(trained):
     from conftest import QUICKSTART
 
-    examples = squad.read(QUICKSTART / "heldout.json").questions[:QUESTIONS]
+    examples = dataset.read(QUICKSTART / "heldout.json").questions[:QUESTIONS]
     return examples, features.make(examples, trained.tokenizer)
 
 
@@ -267,7 +268,7 @@ def test_shapes_are_compiled_once_and_before_the_first_batch():
         ({"parallel": "xmap"}, "neither 'jit' nor 'pmap'"),
         ({"devices": 9}, "devices 9, but this process has 8"),
         ({"devices": 0}, "devices 0"),
-        ({"batch_tokens": 0}, "batch_tokens 0"),
+        ({"batch_tokens": 0}, "batch_tokens is 0"),
         ({"matmul_precision": "int4"}, "matmul_precision 'int4'"),
         ({"kernels": "cuda"}, "kernels 'cuda' is not one of"),
     ],

@@ -5,11 +5,11 @@ import logging
 import pytest
 from conftest import QUICKSTART
 
-from eval import run
-from eval.config import EvalConfig
 from flaxqa import batch
 from flaxqa.config import PredictConfig
 from flaxqa.errors import UsageError
+from flaxqa.eval import run
+from flaxqa.eval.config import EvalConfig
 
 DATA, MODEL = str(QUICKSTART / "heldout.json"), str(QUICKSTART / "checkpoint")
 

@@ -7,20 +7,21 @@ import pytest
 from conftest import QUICKSTART
 from flax import nnx
 
-from eval import quickstart, squad
 from flaxqa import answers, checkpoint, features
-from flaxqa.model import DistilBertForQuestionAnswering
+from flaxqa.checkpoint import DistilBertForQuestionAnswering
+from flaxqa.eval import questions as dataset
+from flaxqa.eval import quickstart, squad
 from flaxqa.predict import Predictor
 
 
 def contexts(part):
     return sorted(
-        {question.context for question in squad.read(QUICKSTART / f"{part}.json").questions}
+        {question.context for question in dataset.read(QUICKSTART / f"{part}.json").questions}
     )
 
 
 def exact_match(model, tokenizer):
-    questions = squad.read(QUICKSTART / "heldout.json").questions
+    questions = dataset.read(QUICKSTART / "heldout.json").questions
     windows = features.make(questions, tokenizer)
     logits = Predictor(model, devices=1).predict(windows)
     found = answers.decode_squad(questions, windows, logits)
@@ -55,7 +56,7 @@ def test_the_script_makes_the_files_that_are_here(part, paragraphs):
 
 
 def test_it_is_as_large_as_promised_and_small_enough_to_ship():
-    questions = squad.read(QUICKSTART / "heldout.json").questions
+    questions = dataset.read(QUICKSTART / "heldout.json").questions
     assert len(contexts("heldout")) >= 60
     assert len(questions) >= 400
     size = sum(path.stat().st_size for path in (QUICKSTART / "checkpoint").iterdir())

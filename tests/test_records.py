@@ -8,11 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flaxqa import inputs as named
 from flaxqa import records, sources
+from flaxqa import text as texts
 from flaxqa.errors import DataError, TryAgain, UsageError
 from flaxqa.features import Example
 from flaxqa.records import Columns, Plan
-from flaxqa.sources import Row
+from flaxqa.rows import Row, to_json
 
 
 def record(number, **more):
@@ -34,7 +36,7 @@ def write_jsonl(path, rows):
 
 
 def planned(*paths, size=10, columns=None, **options):
-    inputs = records.find([str(path) for path in paths], **{
+    inputs = named.find([str(path) for path in paths], **{
         name: options.pop(name) for name in ("format", "split") if name in options
     })  # fmt: skip
     return records.plan(inputs, size, columns=columns or Columns(), **options)
@@ -141,8 +143,8 @@ def test_a_line_that_cannot_be_read_is_told_of_and_the_others_are_read(tmp_path,
 
 
 def test_a_line_that_is_too_long_is_one_bad_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LONGEST_LINE", 1_000)
-    monkeypatch.setattr(sources, "BLOCK", 300)
+    monkeypatch.setattr(texts, "LONGEST_LINE", 1_000)
+    monkeypatch.setattr(texts, "BLOCK", 300)
     for name, size in (("long", 5_000), ("just", 999), ("even", 1_000)):
         path = tmp_path / f"{name}.jsonl"
         long = json.dumps(record(1, context="x" * 900)).ljust(size - 1)
@@ -242,10 +244,10 @@ def test_squad_data_with_what_is_not_as_it_should_be(tmp_path):
     assert [row.line for row in found] == [1, 2, 3, 4, 5, 6]
     assert found[0].fields == {"context": "c", "title": "T", "id": "1", "question": "q"}
     reasons = [row.reason for row in found]
-    assert reasons[1] == "data[0].paragraphs[0].qas[1] is not an object"
-    assert reasons[2] == "data[1] has no array 'paragraphs'"
-    assert reasons[3] == "data[2].paragraphs[0] has no array 'qas'"
-    assert reasons[5] == "data[3] has no array 'paragraphs'"
+    assert reasons[1] == "data[0].paragraphs[0].qas[1] must be an object, it is a number"
+    assert reasons[2] == "data[1].paragraphs must be a list, it is missing"
+    assert reasons[3] == "data[2].paragraphs[0].qas must be a list, it is missing"
+    assert reasons[5] == "data[3].paragraphs must be a list, it is a string"
     asked = records.example_of(found[4], Columns(), max_context_chars=9)
     assert asked == "the column 'context' is null, not a string"
 
@@ -255,7 +257,7 @@ def test_names_that_collide_are_told_apart_as_the_user_wrote_them(tmp_path, monk
     for folder in ("a", "b"):
         (tmp_path / folder / "s").mkdir(parents=True)
         (tmp_path / folder / "s" / "x.jsonl").write_text("{}")
-    assert [one.name for one in records.find(["a", "b"])] == ["a/s/x.jsonl", "b/s/x.jsonl"]
+    assert [one.name for one in named.find(["a", "b"])] == ["a/s/x.jsonl", "b/s/x.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["no/such", "no/such/", "nodir/", "no/such/file", "x.jsonl"])
@@ -268,12 +270,12 @@ def test_a_path_that_is_missing_is_never_a_traceback(tmp_path, monkeypatch, name
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
     with pytest.raises((UsageError, TryAgain), match="missing|neither a file or folder here nor"):
-        records.plan(records.find([name]), 10, columns=records.Columns())
+        records.plan(named.find([name]), 10, columns=records.Columns())
 
 
 def test_a_column_that_no_record_has_is_refused_when_it_was_asked_for(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "q", "context": "c", "n": 1}\n')
-    inputs = records.find([str(tmp_path / "a.jsonl")])
+    inputs = named.find([str(tmp_path / "a.jsonl")])
     assert records.plan(inputs, 10, columns=records.Columns(keep=("n",))).records == 1
     for columns in (records.Columns(keep=("m",)), records.Columns(id="m")):
         with pytest.raises(UsageError, match="none of the first 100 records of a.jsonl has .* 'm'"):
@@ -283,7 +285,7 @@ def test_a_column_that_no_record_has_is_refused_when_it_was_asked_for(tmp_path):
 def test_a_json_file_of_something_else_is_one_bad_record(tmp_path):
     for name, content, reason in (
         ("a", '{\n"question": "q"\n}', "neither SQuAD data nor an array"),
-        ("b", "[1,\n2", "the file cannot be read"),
+        ("b", "[1,\n2", "the file is not JSON"),
         ("c", '[\n{"question": "q"}, 3]', "a number, not an object"),
     ):
         path = tmp_path / f"{name}.json"
@@ -307,11 +309,11 @@ def test_folders_and_patterns_stand_for_their_files_in_order(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("id,question,context\n" if name.endswith("csv") else "{}\n")
-    names = [one.name for one in records.find([str(tmp_path)])]
+    names = [one.name for one in named.find([str(tmp_path)])]
     assert names == ["a/x.csv", "b/10.jsonl", "b/2.jsonl"]
-    names = [one.name for one in records.find([str(tmp_path / "b" / "*.jsonl")])]
+    names = [one.name for one in named.find([str(tmp_path / "b" / "*.jsonl")])]
     assert names == ["10.jsonl", "2.jsonl"]
-    names = [one.name for one in records.find([str(tmp_path / "**" / "*.jsonl")])]
+    names = [one.name for one in named.find([str(tmp_path / "**" / "*.jsonl")])]
     assert names[-2:] == ["b/10.jsonl", "b/2.jsonl"]
 
 
@@ -321,11 +323,11 @@ def test_what_stands_for_nothing_is_refused_all_at_once(tmp_path):
     (tmp_path / "empty").mkdir()
     names = ["a.jsonl", "a.jsonl", "a.txt", "no.jsonl", "*.csv", "empty"]
     with pytest.raises(UsageError) as error:
-        records.find([str(tmp_path / name) for name in names])
+        named.find([str(tmp_path / name) for name in names])
     for told in ("a.jsonl is named twice", "its name tells no format", "no.jsonl is missing",
                  "*.csv matches no file", "empty has no files of"):  # fmt: skip
         assert told in str(error.value)
-    assert records.find([str(tmp_path / "a.txt")], format="jsonl")[0].format == "jsonl"
+    assert named.find([str(tmp_path / "a.txt")], format="jsonl")[0].format == "jsonl"
 
 
 def test_a_link_that_leads_out_of_a_folder_is_refused(tmp_path):
@@ -333,12 +335,12 @@ def test_a_link_that_leads_out_of_a_folder_is_refused(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").symlink_to(tmp_path / "secret.jsonl")
     with pytest.raises(UsageError, match="a link that leads out of"):
-        records.find([str(tmp_path / "data")])
+        named.find([str(tmp_path / "data")])
     (tmp_path / "data" / "a.jsonl").unlink()
     (tmp_path / "data" / "b.jsonl").write_text("{}\n")
     (tmp_path / "data" / "c.jsonl").symlink_to("b.jsonl")
     with pytest.raises(UsageError, match="named twice"):
-        records.find([str(tmp_path / "data")])
+        named.find([str(tmp_path / "data")])
 
 
 def test_a_column_that_is_missing_is_told_before_anything_is_computed(tmp_path):
@@ -359,7 +361,7 @@ def test_input_without_records_or_that_is_gone_is_refused(tmp_path):
     path.write_text("\n \n")
     with pytest.raises(UsageError, match="the input has no record"):
         planned(path)
-    inputs = records.find([str(path)])
+    inputs = named.find([str(path)])
     path.unlink()
     with pytest.raises(TryAgain, match="cannot be read"):
         records.plan(inputs, 10, columns=Columns())
@@ -368,11 +370,11 @@ def test_input_without_records_or_that_is_gone_is_refused(tmp_path):
 def test_a_file_that_changes_under_a_run_is_noticed(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [record(i) for i in range(30)])
     plan = planned(path)
-    assert plan.is_of(records.find([str(path)]), 10, False)
+    assert plan.is_of(named.find([str(path)]), 10, False)
     write_jsonl(path, [record(i) for i in range(31)])
     with pytest.raises(DataError, match="has changed since the run began"):
         list(records.rows_of(plan, 1))
-    assert not plan.is_of(records.find([str(path)]), 10, False)
+    assert not plan.is_of(named.find([str(path)]), 10, False)
 
 
 # --- ids and texts ---
@@ -436,7 +438,7 @@ def test_a_streamed_data_set_is_cut_like_a_file(monkeypatch):
     rows = [record(i) for i in range(25)]
     stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
-    monkeypatch.setattr(records, "hub_commit", lambda one: one)
+    monkeypatch.setattr(named, "hub_commit", lambda one: one)
     plan = planned("rajpurkar/squad", split="validation")
     assert plan.inputs[0].format == "hub"
     assert plan.records == 25
@@ -557,7 +559,7 @@ def test_what_is_no_record_is_set_aside_and_the_rest_is_read(tmp_path, wrong):
 
 
 def test_numbers_that_json_does_not_have_are_null():
-    told = sources.to_json({"a": [float("nan"), 1.5], "b": (float("inf"), {"c": -float("inf")})},
+    told = to_json({"a": [float("nan"), 1.5], "b": (float("inf"), {"c": -float("inf")})},
                            repr)  # fmt: skip
     assert json.loads(told) == {"a": [None, 1.5], "b": [None, {"c": None}]}
 

@@ -10,9 +10,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from conftest import QUICKSTART
 
-from eval import report
 from flaxqa import cli
 from flaxqa.errors import DataError, UsageError
+from flaxqa.eval import report
 
 EVIL = '<script>alert("x")</script> & <b>'
 
@@ -29,7 +29,8 @@ def backend(name, speed, **change):
     stages = {"tokenize": 0.1, "compute": 0.8, "decode": 0.1}
     offline = {"rounds": [stages], "seconds": 1.0, "questions_per_second": speed, "stages": stages,
                "lowest": speed - 1, "highest": speed + 2, "slower_than_first": 1.0,
-               "useful_flops_per_second": 4.2e11, "share_of_products": 0.84}  # fmt: skip
+               "useful_flops_per_second": 4.2e11, "share_of_products": 0.84,
+               "host_share": 0.2, "totals": [1.0]}  # fmt: skip
     latencies = [0.01, 0.02, 0.03]
     return {
         "name": f"{name}/float32", "backend": name, "dtype": "float32", "verdict": "VALID",
@@ -40,6 +41,7 @@ def backend(name, speed, **change):
         "single": {"queries": 3, "p50": 0.02, "p90": 0.03, "p99": 0.03, "latencies": latencies},
         "server": {"bound": 1.0, "rate": 20.0, "trials": [
             {"rate": 20.0, "queries": 9, "p50": 0.1, "p90": 0.2, "p99": 0.3}]},
+        "starts": {}, "step": None,
         "sweep": [{"batch": 8, "length": 128, "tokens_per_second": 1e4},
                   {"batch": 8, "length": 384, "tokens_per_second": 9e3}],
         "audit": {"different": 1.0, "same": 1.0}, **change,

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from conftest import SHARED
 
-from eval import squad
 from flaxqa.errors import DataError
+from flaxqa.eval import questions as dataset
+from flaxqa.eval import squad
+from flaxqa.records import Columns
+from flaxqa.rows import Input
 
 
 def qa(example_id="1", question="Who?", answers=("Bob",)):
@@ -44,7 +47,7 @@ def test_scores_of_one_pair(prediction, answer, exact, f1):
 
 
 def test_the_best_answer_counts_for_each_score_and_missing_ones_score_zero():
-    questions = squad.parse(
+    questions = dataset.parse(
         content(qa("1", answers=("the", "the cat")), qa("2"), qa("3")), ""
     ).questions
     scores = squad.score(questions, {"1": "", "3": "Bob", "9": "ignored"})
@@ -64,7 +67,7 @@ def test_the_best_answer_counts_for_each_score_and_missing_ones_score_zero():
     ],
 )
 def test_published_predictions_have_their_official_scores(name, exact_match, f1):
-    questions = squad.read(SHARED / "squad" / "dev-v1.1.json").questions
+    questions = dataset.read(SHARED / "squad" / "dev-v1.1.json").questions
     predictions = squad.read_predictions(SHARED / "squad" / "predictions" / f"{name}.json")
     scores = squad.score(questions, predictions)
     assert scores.exact_match == pytest.approx(exact_match, abs=1e-9)
@@ -98,23 +101,24 @@ def test_intervals_of_certain_scores_are_points():
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ([], "data must be a list, it is missing"),
-        ({"data": 7}, "data must be a list, it is int"),
+        ([], "data holds no question"),
+        ({}, "the record has no column 'question'"),
+        ({"data": 7}, "data must be a list, it is a number"),
         ({"data": []}, "data holds no question"),
-        (content({"id": "1", "answers": []}), r"data\[0\].paragraphs\[0\].qas\[0\].question"),
+        (content({"id": "1", "answers": []}), r"data\[0\].paragraphs\[0\].qas\[0\].*'question'"),
         (content(qa(answers=())), r"answers is empty.*SQuAD 2.0"),
-        (content(qa(7)), r"qas\[0\].id must be a string, it is int"),
-        (content(qa("1"), qa("1")), r"qas\[1\].id '1' is also that of data\[0\].*qas\[0\]"),
+        (content(qa(7.5)), r"qas\[0\]: .*'id' is a number, not a string or an integer"),
+        (content(qa("1"), qa("1")), r"qas\[1\]: its id '1' is also that of data\[0\].*qas\[0\]"),
         (content(qa("\ud800")), "lone surrogate"),
-        (content(qa(), context=None), "context must be a string, it is NoneType"),
-        (content(7), r"qas\[0\].id must be a string, it is missing"),
+        (content(qa(), context=None), "'context' is null, not a string"),
+        (content(7), r"qas\[0\] must be an object, it is a number"),
     ],
 )
 def test_a_file_that_is_not_squad_is_refused_by_place(tmp_path, broken, message):
     path = tmp_path / "broken.json"
     path.write_text(json.dumps(broken))
     with pytest.raises(DataError, match=message) as caught:
-        squad.read(path)
+        dataset.read(path)
     assert str(path) in str(caught.value)
 
 
@@ -124,7 +128,7 @@ def test_a_file_that_is_not_squad_is_refused_by_place(tmp_path, broken, message)
         (b'{"data": [', "is not JSON"),
         (b"\xff\xfe\x00", "is not"),
         (b"[" * 100_000, "is not JSON"),
-        (None, "cannot be read"),
+        (None, "is missing"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, raw, message):
@@ -132,7 +136,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, raw, message):
     if raw is not None:
         path.write_bytes(raw)
     with pytest.raises(DataError, match=message) as caught:
-        squad.read(path)
+        dataset.read(path)
     assert str(path) in str(caught.value)
 
 
@@ -140,7 +144,7 @@ def test_all_problems_of_a_file_come_in_one_error(tmp_path):
     path = tmp_path / "broken.json"
     path.write_text(json.dumps(content(*[qa(answers=()) for _ in range(30)])))
     with pytest.raises(DataError) as caught:
-        squad.read(path)
+        dataset.read(path)
     assert str(caught.value).count("answers is empty") == 11
     assert "and 39 more" in str(caught.value)
 
@@ -159,7 +163,7 @@ def test_the_evaluate_metric_agrees_and_needs_no_network(tmp_path):
 import socket, sys
 def refuse(*args, **kwargs): raise OSError("no network here")
 socket.socket.connect = refuse
-from eval.metric import Squad, SquadV2
+from flaxqa.eval.metric import Squad, SquadV2
 import json
 predictions = [{"id": "1", "prediction_text": "the Bob"}, {"id": "2", "prediction_text": "x y"}]
 references = [
@@ -199,9 +203,9 @@ print(json.dumps(SquadV2().compute(**arguments, no_answer_threshold=0.5)))
 
 @pytest.mark.shared
 def test_the_evaluate_metric_gives_the_official_numbers_on_the_dev_set():
-    from eval.metric import Squad
+    from flaxqa.eval.metric import Squad
 
-    questions = squad.read(SHARED / "squad" / "dev-v1.1.json").questions
+    questions = dataset.read(SHARED / "squad" / "dev-v1.1.json").questions
     given = squad.read_predictions(SHARED / "squad" / "predictions" / "logistic_regression.json")
     answered = [question for question in questions if question.id in given]
     references = [
@@ -213,6 +217,13 @@ def test_the_evaluate_metric_gives_the_official_numbers_on_the_dev_set():
     expected = squad.score(answered, given)
     assert got["f1"] == pytest.approx(expected.f1, abs=1e-9)
     assert got["exact_match"] == pytest.approx(expected.exact_match, abs=1e-9)
+
+
+def read_hub(folder, split):
+    found, source = dataset.Found("here"), {}
+    one = Input(str(folder), "here", "hub", split=split)
+    dataset.read_into(found, one, Columns(), source)
+    return found.data(), source
 
 
 def test_a_hub_data_set_reads_like_the_file_it_came_from(tmp_path):
@@ -232,14 +243,14 @@ def test_a_hub_data_set_reads_like_the_file_it_came_from(tmp_path):
     folder = tmp_path / "squad"
     folder.mkdir()
     datasets.Dataset.from_list(rows).to_parquet(str(folder / "validation-00000.parquet"))
-    got, commit = squad.read_hub(str(folder))
-    expected = squad.parse(content(*[qa(str(i), f"Who {i}?") for i in range(3)]), "")
+    got, source = read_hub(folder, "validation")
+    expected = dataset.parse(content(*[qa(str(i), f"Who {i}?") for i in range(3)]), "")
     assert got == expected
-    assert commit is None
-    assert squad.sha256(got.questions) == squad.sha256(expected.questions)
-    assert squad.sha256(got.questions[:2]) != squad.sha256(expected.questions)
-    with pytest.raises(DataError, match="split test"):
-        squad.read_hub(str(folder), split="test")
+    assert source == {"split": "validation", "commit": None}
+    assert dataset.sha256(got.questions) == dataset.sha256(expected.questions)
+    assert dataset.sha256(got.questions[:2]) != dataset.sha256(expected.questions)
+    with pytest.raises(DataError, match=r"the data set .*squad: .*test"):
+        read_hub(folder, "test")
 
 
 # --------------------------------------------------------------------------------------- SQuAD 2.0
@@ -269,7 +280,7 @@ V2 = [
 
 @pytest.fixture
 def v2():
-    data = squad.parse(v2_content(*(v2_qa(row[0], *row[1]) for row in V2)), "here")
+    data = dataset.parse(v2_content(*(v2_qa(row[0], *row[1]) for row in V2)), "here")
     assert data.v2
     return data.questions, {row[0]: row[2] for row in V2}, {row[0]: row[3] for row in V2}
 
@@ -361,11 +372,11 @@ def test_v2_missing_predictions_score_zero_and_are_named(v2):
     ],
 )
 def test_a_file_says_itself_whether_it_is_squad_2(data, v2):
-    assert squad.parse(data, "here").v2 is v2
+    assert dataset.parse(data, "here").v2 is v2
 
 
 def test_a_kind_without_questions_has_no_v2_numbers():
-    questions = squad.parse(v2_content(qa("1")), "here").questions
+    questions = dataset.parse(v2_content(qa("1")), "here").questions
     names = squad.score(questions, {"1": "x"}, v2=True).by_answer()
     assert sorted(names) == ["HasAns_exact", "HasAns_f1", "HasAns_total", "exact", "f1", "total"]
 
@@ -395,11 +406,11 @@ def test_v2_has_answer_scores_are_the_v1_scores():
             paragraph["qas"].append(
                 {**first, "id": first["id"] + "-none", "answers": [], "is_impossible": True}
             )
-    questions, v2 = squad.parse({**raw, "version": "v2.0"}, "made")
+    questions, v2 = dataset.parse({**raw, "version": "v2.0"}, "made")
     assert v2
     for name in ("bert_large_ensemble", "logistic_regression"):
         predictions = squad.read_predictions(SHARED / "squad" / "predictions" / f"{name}.json")
-        old = squad.score(squad.read(path).questions, predictions)
+        old = squad.score(dataset.read(path).questions, predictions)
         silent = {q.id: "" for q in questions if not q.answers}
         new = squad.score(questions, {**predictions, **silent}, v2=True).by_answer()
         assert (new["HasAns_exact"], new["HasAns_f1"]) == (old.exact_match, old.f1)

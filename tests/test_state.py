@@ -16,9 +16,9 @@ import pytest
 from conftest import QUICKSTART
 from test_batch import MODEL, configured, contents
 
-from eval import squad
-from flaxqa import batch, files, parts, reader, records
+from flaxqa import batch, files, inputs, parts, reader, records
 from flaxqa.errors import DataError, FlaxqaError, TryAgain, UsageError
+from flaxqa.eval import questions as dataset
 
 QUESTIONS = 25
 
@@ -31,7 +31,7 @@ def loaded():
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "a.jsonl"
-    questions = squad.read(QUICKSTART / "heldout.json").questions[:QUESTIONS]
+    questions = dataset.read(QUICKSTART / "heldout.json").questions[:QUESTIONS]
     rows = [{"id": one.id, "question": one.question, "context": one.context} for one in questions]
     rows[7]["question"] = ""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -248,10 +248,11 @@ def test_a_file_that_is_rewritten_while_it_is_read_gives_no_part(
             calls.append(rewrite(b"".join(lines)))
         yield from real(plan, shard, sources)
 
-    real_state = batch.records.state_of
+    real_state = inputs.state_of
     monkeypatch.setattr(batch.records, "rows_of", rows_of)
     # As on a file system that keeps no time of changes.
-    monkeypatch.setattr(batch.records, "state_of", lambda path: real_state(path)[:2])
+    for module in (inputs, records):
+        monkeypatch.setattr(module, "state_of", lambda path: real_state(path)[:2])
     output = tmp_path / "out"
     with pytest.raises(DataError, match="a.jsonl has changed since the run began"):
         run(path, output, loaded)
@@ -423,7 +424,7 @@ def test_a_fault_at_any_opening_of_a_file_is_told_and_resumed_from(
         with monkeypatch.context() as patch:
             for module in (io, builtins):
                 patch.setattr(module, "open", open_or_fail)
-            records.sha256_of.cache_clear()
+            inputs.sha256_of.cache_clear()
             problem = None
             try:
                 run(source, output, loaded)

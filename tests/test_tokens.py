@@ -7,12 +7,11 @@ from conftest import QUICKSTART, SHARED
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from eval import squad
-from flaxqa import checkpoint
 from flaxqa import tokens as library
+from flaxqa.eval import questions as dataset
 from flaxqa.tokens import Tokens, identify, never_looks_across_spaces, place
 
-TOKENIZER = checkpoint.load_tokenizer(QUICKSTART / "checkpoint")[0]
+TOKENIZER = library.load_tokenizer(QUICKSTART / "checkpoint")[0]
 
 
 @settings(max_examples=300, deadline=None)
@@ -62,8 +61,8 @@ def test_texts_given_together_have_the_ids_of_each_alone(texts):
 
 @pytest.mark.shared
 def test_the_questions_of_the_dev_set_have_the_ids_of_each_alone():
-    tokenizer, _ = checkpoint.load_tokenizer(SHARED / "checkpoints" / "distilbert-minilm-squad")
-    questions = squad.read(SHARED / "squad" / "dev-v1.1.json").questions
+    tokenizer, _ = library.load_tokenizer(SHARED / "checkpoints" / "distilbert-minilm-squad")
+    questions = dataset.read(SHARED / "squad" / "dev-v1.1.json").questions
     found = identify(tokenizer, (one.question for one in questions))
     encodings = tokenizer.encode_batch(list(found), add_special_tokens=False)
     assert [ids.tolist() for ids in found.values()] == [one.ids for one in encodings]

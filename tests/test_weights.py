@@ -15,7 +15,7 @@ import safetensors.numpy
 import torch
 from flax import serialization
 
-from flaxqa import weights
+from flaxqa import torchfile, weights
 from flaxqa.errors import ModelRejected
 
 
@@ -465,7 +465,7 @@ def test_reading_torch_files_imports_no_torch(tmp_path, tensors):
 
 def test_interpreting_ends_where_the_pickle_does():
     file = io.BytesIO(pickle.dumps({"a": (1, 2.5, "x", None, True)}, 2) + b"rest")
-    assert weights.interpret(file) == {"a": (1, 2.5, "x", None, True)}
+    assert torchfile.interpret(file) == {"a": (1, 2.5, "x", None, True)}
     assert file.read() == b"rest"
 
 
@@ -475,9 +475,9 @@ def test_interpreting_ends_where_the_pickle_does():
      ((2, 3), (3, 2)), ((1, 6), (1, 2))],
 )  # fmt: skip
 def test_strides_that_share_or_skip_elements_are_refused(shape, strides):
-    storage = weights.Storage("0", np.dtype(np.float32), 64)
+    storage = torchfile.Storage("0", np.dtype(np.float32), 64)
     with pytest.raises(ValueError, match="skips or shares elements"):
-        weights.View(storage, 0, shape, strides).read(np.zeros(64, np.float32))
+        torchfile.View(storage, 0, shape, strides).read(np.zeros(64, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -488,7 +488,7 @@ def test_strides_that_share_or_skip_elements_are_refused(shape, strides):
 def test_dense_strides_in_any_order_are_read(shape, strides):
     torch = pytest.importorskip("torch")
     flat = np.arange(64, dtype=np.float32)
-    got = weights.View(weights.Storage("0", flat.dtype, 64), 5, shape, strides).read(flat)
+    got = torchfile.View(torchfile.Storage("0", flat.dtype, 64), 5, shape, strides).read(flat)
     wanted = torch.as_strided(torch.from_numpy(flat), shape, strides, 5)
     np.testing.assert_array_equal(got, wanted.numpy())
 

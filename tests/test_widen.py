@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from conftest import QUICKSTART
 
-from eval.widen import widened
 from flaxqa import checkpoint
 from flaxqa.errors import UsageError
+from flaxqa.eval.widen import widened
 
 
 @pytest.mark.parametrize(("width", "heads"), [(128, 4), (256, 4), (768, 12)])

@@ -27,8 +27,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flaxqa import inference
-from flaxqa.inference import Ragged, Weights
+from flaxqa.inference import Weights
 from flaxqa.model import EncoderConfig, QuestionAnsweringModel
+from flaxqa.plan import Ragged
 
 PANEL = 32  # kPanel of encoder.h
 FOLDER = Path(__file__).parent

@@ -26,6 +26,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path(__file__).resolve().parent
 LIBRARY, RECORD = "encoder.so", "encoder.json"
+INSIDE = ("eval", "configs")  # folders of the checkout that the package holds, by links
 SOURCES = ("encoder.cc", "encoder.h", "ffi.cc")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall"]
 X86 = {  # from the slowest to the fastest; each needs what flaxqa/native/ffi.cc asks the processor
@@ -155,6 +156,9 @@ class NativeHook(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compiles beside the sources for an editable installation, elsewhere for a wheel."""
+        for name in INSIDE:  # an sdist has no links
+            if not (link := FOLDER.parent / name).is_symlink() and not link.exists():
+                link.symlink_to(Path("..", name))
         self.folder = tempfile.TemporaryDirectory()
         editable = version == "editable"
         target = FOLDER if editable else Path(self.folder.name)

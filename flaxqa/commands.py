@@ -1,0 +1,341 @@
+"""What the commands of `flaxqa.cli` do. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flaxqa import files
+from flaxqa.config import AnswerOptions, ReaderOptions
+from flaxqa.errors import DataError, GateNotMet, UsageError
+
+if TYPE_CHECKING:
+    from flaxqa.batch import Estimate, Summary
+    from flaxqa.cli import Ask, Export, Info, Predict, Report, Score
+    from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig
+
+SET_ASIDE = 3
+SHOWN = 20  # of many warnings of one kind
+
+
+def ask(command: Ask) -> int:
+    from flaxqa import features, reader, show
+
+    context = read_context(command)
+    example = features.Example("question", command.question, context)
+    if (reason := features.why_unanswerable(example)) is not None:
+        raise UsageError(reason)
+    options = command.of(ReaderOptions) | {"devices": command.devices or 1}
+    loaded = reader.load(command.model, revision=command.revision, **options)
+    found = loaded.answer(command.question, context, **command.of(AnswerOptions))
+    if found.question_cut:
+        limit = features.question_limit(loaded.max_length, loaded.doc_stride)
+        print(f"flaxqa: the question was cut to its first {limit} tokens", file=sys.stderr)
+    if command.json or not sys.stdout.isatty():
+        result = {
+            "question": command.question,
+            "answers": [
+                {
+                    name: value
+                    for name, value in dataclasses.asdict(one).items()
+                    if name != "context"
+                }
+                for one in found
+            ],
+            "no_answer_score": found.no_answer_score,
+            "decoder": "spans",
+            "n_windows": found.n_windows,
+            "model": command.model,
+            "commit": loaded.checkpoint.commit,
+        }
+        print(json.dumps(result))
+    else:
+        show.on_terminal(context, found, found.n_windows)
+    return 0
+
+
+def read_context(command: Ask) -> str:
+    if command.context is not None and command.context_file is not None:
+        raise UsageError("give --context or --context-file, not both")
+    if command.context is not None:
+        return command.context
+    name = "standard input" if command.context_file is None else str(command.context_file)
+    try:
+        if command.context_file is None:
+            if sys.stdin.isatty():
+                print(
+                    "flaxqa: reading the context from the terminal, end with Ctrl-D",
+                    file=sys.stderr,
+                )
+            return sys.stdin.buffer.read().decode()
+        return files.read_named(command.context_file).decode()
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8: {error}") from error
+
+
+def write_export(command: Export) -> int:
+    from flaxqa import checkpoint, export
+
+    loaded = checkpoint.load(command.model, revision=command.revision, dtype=command.dtype)
+    done = export.export(loaded.model, command.format, command.output, overwrite=command.overwrite)
+    if sys.stdout.isatty():
+        print(
+            f"{done.path}: {done.size:,} bytes; in {done.checked_with} its logits are the model's "
+            f"to {done.difference:.1e}"
+        )
+    else:
+        print(json.dumps({**dataclasses.asdict(done), "path": str(done.path)}))
+    return 0
+
+
+def needs(what: str, *packages: str) -> None:
+    """Raises: UsageError: a package is not installed; says what installs them all."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise UsageError(
+            f"{what} needs {' and '.join(missing)}, which this Python does not have: "
+            "pip install 'flaxqa[compare]'"
+        )
+
+
+def compare(config: CompareConfig | BenchConfig) -> int:
+    needs("the report", "jinja2", "matplotlib")
+    from flaxqa.eval import compare, report
+    from flaxqa.progress import TerminalProgress
+
+    with TerminalProgress() as progress:
+        found = compare.compare(config, progress)
+    output = Path(config.output)
+    report.write([report.read(output)], output / "report.html")
+    files.write_whole(output / "summary.md", report.markdown(found).encode())
+    told = (
+        report.markdown(found) if sys.stdout.isatty() else json.dumps(compare.compact(found)) + "\n"
+    )
+    print(told, end="")
+    print(f"flaxqa: {output / 'report.html'}", file=sys.stderr)
+    verdicts = [row.get("verdict") for row in found["backends"]]
+    failed = any(row.get("failed") for row in found["backends"])
+    return SET_ASIDE if failed or "INVALID" in verdicts or not any(verdicts) else 0
+
+
+def write_report(command: Report) -> int:
+    from flaxqa.eval import report
+
+    needs("the report", "jinja2", "matplotlib")
+    if not command.runs:
+        raise UsageError("give at least one RUN: the --output of an eval, compare or bench")
+    report.write([report.read(one) for one in command.runs], command.output)
+    print(f"flaxqa: {command.output}", file=sys.stderr)
+    return 0
+
+
+def evaluate(options: EvalConfig) -> int:
+    from flaxqa.eval import run
+    from flaxqa.progress import TerminalProgress
+
+    with TerminalProgress() as progress:
+        metrics = run.evaluate(options, progress)
+    summary(metrics, options.output)
+    if not sys.stdout.isatty():
+        print(json.dumps(metrics))
+    if options.min_f1 is not None and metrics["f1"] < options.min_f1:
+        raise GateNotMet(f"F1 is {metrics['f1']:.4f}, below --min-f1 {options.min_f1}")
+    return SET_ASIDE if metrics["set_aside"] else 0
+
+
+def summary(metrics: dict[str, Any], output: str) -> None:
+    def scored(name: str) -> str:
+        low, high = metrics[f"{name}_interval"]
+        return f"{metrics[name]:.2f} ({low:.2f} to {high:.2f})"
+
+    stages = ", ".join(
+        f"{stage} {metrics[f'{stage}_seconds']:.1f} s"
+        for stage in ("load", "compile", "tokenize", "device", "decode", "score")
+    )
+    part = f", the first {metrics['limit']} only" if metrics["limit"] else ""
+    lines = [
+        f"EM {scored('exact_match')}   F1 {scored('f1')}   95 % bootstrap intervals",
+        f"{metrics['total']:,} questions{part}, {metrics['n_windows']:,} windows, "
+        f"{metrics['padding_share']:.1%} padding",
+        f"{metrics['questions_per_second']:,.1f} questions/s, "
+        f"{metrics['windows_per_second']:,.1f} windows/s, "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s",
+        stages,
+        f"results in {output}",
+    ]
+    if "best_f1" in metrics:
+        kinds = [
+            f"{kind}: EM {metrics[f'{kind}_exact']:.2f}, F1 {metrics[f'{kind}_f1']:.2f} "
+            f"({metrics[f'{kind}_total']:,})"
+            for kind in ("HasAns", "NoAns")
+            if f"{kind}_f1" in metrics
+        ]
+        lines.insert(1, "   ".join(kinds))
+        lines.insert(
+            2,
+            f"best EM {metrics['best_exact']:.2f} at null odds {metrics['best_exact_thresh']:.3f}, "
+            f"best F1 {metrics['best_f1']:.2f} at {metrics['best_f1_thresh']:.3f}",
+        )
+    if metrics["set_aside"]:
+        lines.insert(
+            1, f"{metrics['set_aside']} questions set aside, see errors.jsonl; they score 0"
+        )
+    print("\n".join(lines), file=sys.stderr)
+
+
+def predict(command: Predict) -> int:
+    from flaxqa import batch, engines
+    from flaxqa.progress import TerminalProgress
+
+    config = command.prediction
+    told = [name for name in ("dry_run", "restart", "shard", "multihost", "finalize")
+            if getattr(command, name)]  # fmt: skip
+    if len(told) > 1:
+        raise UsageError(" and ".join(f"--{name.replace('_', '-')}" for name in told)
+                         + " do not go together")  # fmt: skip
+    if command.finalize:
+        return tell(batch.finalize(config.output), config.output)
+    with TerminalProgress("records") as progress:
+        if command.dry_run:
+            return foretell(batch.estimate(config, progress=progress))
+        share = None if command.shard is None else parse_share(command.shard)
+        if command.multihost:
+            with engines.multihost_share() as share:
+                done = batch.predict(config, share=share, progress=progress)
+            if share[0] == 0 and not done.complete:
+                done = batch.finalize(config.output)
+        else:
+            done = batch.predict(config, share=share, restart=command.restart, progress=progress)
+    return tell(done, config.output)
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """The numbers of `i/n`."""
+    if not (found := re.fullmatch(r"(\d+)/(\d+)", text)):
+        raise UsageError(f"--shard {text}: it must be i/n, as 0/4")
+    return int(found[1]), int(found[2])
+
+
+def tell(done: Summary, output: str) -> int:
+    """Tells what a batch run came to."""
+    lines = [
+        f"{done.records:,} records = {done.answered:,} answered + {done.set_aside:,} set aside"
+        if done.complete
+        else f"{done.answered + done.set_aside:,} of {done.records:,} records; other processes "
+        "have the rest, and the last of them, or --finalize, completes the run"
+    ]
+    if done.computed:
+        seconds = max(done.seconds, 1e-9)
+        lines.append(
+            f"{done.computed:,} of them now, {done.computed / seconds:,.1f} records/s, "
+            f"{done.windows / seconds:,.1f} windows/s, {done.padding_share:.1%} padding"
+        )
+    if done.set_aside and done.complete:
+        lines.append(f"what was set aside is in {Path(output) / 'errors.jsonl'}, with the reasons")
+    lines.append(f"{done.parts:,} parts in {output}")
+    print("\n".join(lines), file=sys.stderr)
+    if not sys.stdout.isatty():
+        print(json.dumps(dataclasses.asdict(done)))
+    return SET_ASIDE if done.set_aside else 0
+
+
+def foretell(found: Estimate) -> int:
+    """Tells what a batch run would come to."""
+    from flaxqa.progress import duration
+
+    print(
+        f"{found.records:,} records in {found.shards:,} shards, about {found.windows:,} windows\n"
+        f"about {duration(60 * found.minutes)} on this machine, at {found.records_per_second:,.1f} "
+        f"records/s\n"
+        f"of a sample of {found.sampled:,} records {found.set_aside:,} would be set aside",
+        file=sys.stderr,
+    )
+    if not sys.stdout.isatty():
+        print(json.dumps(dataclasses.asdict(found)))
+    return 0
+
+
+def score(command: Score) -> int:
+    from flaxqa.eval import questions, squad
+
+    (asked, v2), source = questions.read_with_source(command.data, command)
+    told = source.get("version_told", questions.VERSION)
+    if not v2 and told != questions.VERSION:
+        print(
+            f"flaxqa: expected version {questions.VERSION}, the data say {told!r}", file=sys.stderr
+        )
+    if not v2 and command.na_prob_file is not None:
+        raise UsageError(f"--na-prob-file is for SQuAD 2.0, which {command.data} is not")
+    if command.na_prob_file is None and command.na_prob_thresh != 1.0:
+        raise UsageError("--na-prob-thresh needs --na-prob-file")
+    predictions = squad.read_predictions(command.predictions)
+    every = len(asked)
+    if command.only_predicted:
+        asked = [one for one in asked if one.id in predictions]
+        if not asked:
+            raise DataError(
+                f"no prediction in {command.predictions} is for a question of {command.data}"
+            )
+    scores = squad.score(asked, predictions, v2=v2)
+    tell_unanswered(command, scores.unanswered, len(asked))
+    result: dict[str, Any] = {"exact_match": scores.exact_match, "f1": scores.f1}
+    if v2:
+        best = {}
+        if command.na_prob_file is not None:
+            na_probs = squad.read_na_probs(command.na_prob_file)
+            if missing := [each for each in predictions if each not in na_probs]:
+                raise DataError(
+                    f"{command.na_prob_file} has no number for {len(missing)} predictions, the "
+                    f"first of them {missing[0]!r}"
+                )
+            best = squad.best_thresholds(scores, predictions, na_probs)
+            scores = scores.with_no_answer(na_probs, command.na_prob_thresh)
+        result = {**scores.by_answer(), **best}
+    if command.intervals:
+        for name, interval in scores.intervals().items():
+            result[f"{'exact' if v2 and name == 'exact_match' else name}_interval"] = interval
+        result["total"] = len(asked)
+    if command.only_predicted:
+        result |= {"only_predicted": len(asked), "of_questions": every}
+    if command.out_file is None:
+        print(json.dumps(result))
+    else:
+        files.write_named(command.out_file, json.dumps(result).encode() + b"\n")
+    return 0
+
+
+def tell_unanswered(command: Score, unanswered: Sequence[str], total: int) -> None:
+    """Warns of questions without a prediction, as the official script does."""
+    for example_id in unanswered[:SHOWN]:
+        print(f"Unanswered question {example_id} will receive score 0.", file=sys.stderr)
+    if (more := len(unanswered) - SHOWN) > 0:
+        print(f"... and {more:,} more unanswered questions", file=sys.stderr)
+    if len(unanswered) == total:
+        print(
+            f"flaxqa: no prediction in {command.predictions} is for a question of {command.data}",
+            file=sys.stderr,
+        )
+    elif unanswered:
+        print(
+            "flaxqa: --only-predicted scores only the questions that have a prediction",
+            file=sys.stderr,
+        )
+
+
+def info(command: Info) -> int:
+    from flaxqa.eval import environment
+
+    found = environment.computes(command.model, **command.of(ReaderOptions))
+    if sys.stdout.isatty():
+        for name, value in found.items():
+            print(f"{name:24} {value}")
+    else:
+        print(json.dumps(found))
+    return 0

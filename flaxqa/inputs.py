@@ -1,0 +1,291 @@
+"""What the user names as input, found: files, folders, patterns, saved data sets, the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from flaxqa.errors import TryAgain, UsageError, all_problems
+from flaxqa.files import local, state_of
+from flaxqa.rows import Input
+from flaxqa.text import kind_of_lines
+
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+BINARY = ("parquet", "arrow")  # which are compressed inside
+METADATA = ("state.json", "dataset_info.json", "dataset_dict.json")  # of save_to_disk
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+def find(
+    names: Sequence[str],
+    *,
+    format: str = "auto",
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+) -> list[Input]:
+    """The inputs that names stand for: files, folders, patterns, or data sets.
+
+    Args:
+      names: a folder stands for all files below it of a known kind, in the order of their paths,
+        hidden ones left out; so does a pattern with `*`, `?` or `[`. A folder that `save_to_disk`
+        of `datasets` wrote is that data set. What is not here is a data set of the hub.
+      format: "auto" goes by the name; otherwise what all files are.
+      split: of a data set that has several.
+      config: of a hub data set.
+      revision: of a hub data set.
+
+    Raises:
+      UsageError: a name stands for nothing, a file's kind is not known, or one is named twice.
+    """
+    finder = Finder(format, split)
+    for name in names:
+        path = local(name)
+        if path.is_dir():
+            finder.take_folder(path, name)
+        elif path.is_file():
+            finder.take(path, path.name)
+        elif path.exists():
+            finder.problems.append(f"{name} is no file: a FIFO, a device or a socket")
+        elif glob.has_magic(name):
+            finder.take_pattern(name)
+        elif looks_like_a_hub_id(name):
+            one = Input(name, name, "hub", sha256=revision, split=split, config=config)
+            finder.found.append(one)
+        else:
+            finder.problems.append(f"{name} is missing")
+    return finder.result()
+
+
+class Finder:
+    """Inputs as they are found.
+
+    Attributes:
+      named: of each path what the user would write.
+    """
+
+    def __init__(self, format: str, split: str):
+        self.format, self.split = format, split
+        self.found: list[Input] = []
+        self.named: dict[str, str] = {}
+        self.problems: list[str] = []
+
+    def take(self, path: Path, name: str) -> None:
+        """A file."""
+        try:
+            self.found.append(file_input(path, name, self.format))
+            self.named[self.found[-1].path] = path.as_posix()
+        except UsageError as error:
+            self.problems.append(str(error))
+
+    def take_folder(self, path: Path, name: str) -> None:
+        """All files of a folder, or the data set that it is."""
+        files = saved_files(path, self.split, self.problems)
+        if files is None:
+            files = below(path, self.problems)
+            if not files:
+                self.problems.append(f"{name} has no files of {', '.join(SUFFIXES)}")
+        for each in files:
+            self.take(each, each.relative_to(path).as_posix())
+
+    def take_pattern(self, name: str) -> None:
+        """All files that it matches."""
+        matches = sorted(each for each in glob.glob(name, recursive=True) if Path(each).is_file())
+        if not matches:
+            self.problems.append(f"{name} matches no file")
+        root = os.path.commonpath([str(Path(each).parent) for each in matches] or ["."])
+        for match in matches:
+            self.take(Path(match), os.path.relpath(match, root))
+
+    def result(self) -> list[Input]:
+        """Raises: UsageError: something was wrong, or named twice."""
+        seen: set[str] = set()
+        for one in self.found:
+            if one.path in seen:
+                self.problems.append(f"{one.path} is named twice")
+            seen.add(one.path)
+        if self.problems:
+            raise UsageError(all_problems("the input cannot be used", self.problems))
+        if len({one.name for one in self.found}) < len(self.found):  # one name in two folders
+            return [
+                dataclasses.replace(one, name=self.named.get(one.path, one.name))
+                for one in self.found
+            ]
+        return self.found
+
+
+def refuse_inside(names: Sequence[str], inputs: Sequence[Input], output: str) -> None:
+    """Refuses an output that is, holds or lies in an input: its parts would be records.
+
+    Args:
+      names: as given to `find`.
+      inputs: that it found.
+      output: a directory, perhaps not there yet.
+
+    Raises:
+      UsageError: it does; says with which input.
+    """
+    place = local(output).resolve()
+    for one in inputs:
+        if one.format != "hub" and Path(one.path).is_relative_to(place):
+            raise UsageError(f"--output {output} holds the input {one.path}; choose another")
+    for name in names:
+        root = local(name)
+        while glob.has_magic(str(root)) and not root.exists():
+            root = root.parent
+        # Whether folders below are input, or may be.
+        deep = root == local(name) or glob.has_magic(str(local(name).parent))
+        root = root.resolve()
+        if root.is_dir() and (place == root or (deep and place.is_relative_to(root))):
+            raise UsageError(
+                f"--output {output} lies in the input {name}, so that its parts would be records "
+                "of the next run; choose another"
+            )
+
+
+def saved_files(folder: Path, split: str, problems: list[str]) -> list[Path] | None:
+    """The Arrow files of what `save_to_disk` wrote, in their order; None if it did not."""
+    if (folder / "dataset_dict.json").is_file():
+        if not (folder / split / "state.json").is_file():
+            there = sorted(one.parent.name for one in folder.glob("*/state.json"))
+            problems.append(f"{folder} has no split {split!r}; it has {', '.join(there)}")
+            return []
+        folder = folder / split
+    state = folder / "state.json"
+    if not state.is_file() or not (folder / "dataset_info.json").is_file():
+        return None
+    try:
+        names = [one["filename"] for one in json.loads(state.read_bytes())["_data_files"]]
+        files = [folder / name for name in names if Path(name).name == name]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
+        problems.append(f"{state} is damaged: {error!r}")
+        return []
+    if len(files) < len(names) or not all(map(Path.is_file, files)) or not files:
+        problems.append(f"{state} names files that are not beside it")
+        return []
+    return files
+
+
+def below(folder: Path, problems: list[str]) -> list[Path]:
+    """The files of a folder that can be input; a link that leads out of it is a problem."""
+    files = []
+    root = folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if any(part.startswith((".", "_")) for part in parts) or not path.is_file():
+            continue
+        saved = path.name in METADATA and any(path.parent.glob("*.arrow"))
+        if kind_of(path)[0] is None or saved:
+            continue
+        if not path.resolve().is_relative_to(root):
+            problems.append(f"{path} is a link that leads out of {folder}; name its target instead")
+            continue
+        files.append(path)
+    return files
+
+
+def kind_of(path: Path) -> tuple[str | None, str | None]:
+    """The format and the compression that a file's name tells."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    if compression is not None:
+        suffixes.pop()
+    return SUFFIXES.get(suffixes[-1]) if suffixes else None, compression
+
+
+def file_input(path: Path, name: str, format: str) -> Input:
+    kind, compression = kind_of(path)
+    if format != "auto":
+        kind = format
+    if kind is None:
+        raise UsageError(
+            f"{path}: its name tells no format; those are {', '.join(SUFFIXES)}, also with "
+            f"{' or '.join(COMPRESSIONS)}; or give --input-format"
+        )
+    if kind in BINARY and compression is not None:
+        raise UsageError(f"{path}: {kind.capitalize()} is compressed inside, not as a whole")
+    return Input(str(path.resolve()), name, kind, compression)
+
+
+def looks_like_a_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) <= 2 and all(parts) and name[0] not in ".~" and not Path(name).suffix
+
+
+# --- what tells an input from others ---
+
+
+def identified(one: Input) -> Input:
+    """The input with what tells it from others: a file's hash, a data set's commit."""
+    if one.format == "hub":
+        return hub_commit(one)
+    state = state_of(one.path)
+    if state is None:
+        raise TryAgain(f"{one.path} cannot be read")
+    sha256 = sha256_of(one.path, state)
+    if one.format in ("json", "jsonl") and (lines := kind_of_lines(one)) is not None:
+        one = dataclasses.replace(one, format=lines)
+    return dataclasses.replace(one, state=state, size=state[0], sha256=sha256)
+
+
+def hub_commit(one: Input) -> Input:
+    """The data set with its commit.
+
+    Raises:
+      UsageError: there is no such data set.
+      TryAgain: the hub cannot be reached.
+    """
+    import huggingface_hub
+
+    try:
+        info = huggingface_hub.HfApi().dataset_info(one.path, revision=one.sha256)
+    except (huggingface_hub.errors.RepositoryNotFoundError,
+            huggingface_hub.errors.RevisionNotFoundError, ValueError) as error:  # fmt: skip
+        raise UsageError(
+            f"{one.path} is neither a file or folder here nor a data set of the hub: {error}"
+        ) from error
+    except Exception as error:  # of the network, in the kinds of whichever library
+        raise TryAgain(
+            f"{one.path} is neither a file or folder here nor a data set that can be reached "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return dataclasses.replace(one, sha256=info.sha)
+
+
+@functools.lru_cache(maxsize=4_096)
+def sha256_of(path: str, state: tuple[int, ...]) -> str:
+    """The hash of a file that is in such a state; it is read once for each.
+
+    Raises:
+      TryAgain: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise TryAgain(f"{path} cannot be read: {error.strerror}") from error
+
+
+def unchanged(one: Input) -> bool:
+    """Whether a file has the bytes that it had when it was planned."""
+    if one.format == "hub":
+        return True  # a commit does not change
+    state = state_of(one.path)
+    if state is None or state[0] != one.size:
+        return False
+    return state == one.state or sha256_of(one.path, state) == one.sha256
