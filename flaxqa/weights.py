@@ -85,13 +85,7 @@ def read(directory: Path) -> Tensors:
     first, *shards = find(directory)
     if first.name == SHARDED:
         return read_shards(first, shards)
-    readers: dict[str, Callable[[Path], Tensors]] = {
-        SAFETENSORS: read_safetensors,
-        TORCH: read_torch,
-        MSGPACK: read_msgpack,
-        HDF5: read_hdf5,
-    }
-    return readers[first.name](first)
+    return READERS[first.name](first)
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
@@ -343,3 +337,12 @@ def keras_path(name: str) -> tuple[str, ...]:
     if len(parts) > 1 and parts[0] not in ("distilbert", "bert", "qa_outputs"):
         del parts[0]
     return tuple(parts)
+
+
+# Of each file in FORMATS but the index, which `read_shards` reads.
+READERS: dict[str, Callable[[Path], Tensors]] = {
+    SAFETENSORS: read_safetensors,
+    TORCH: read_torch,
+    MSGPACK: read_msgpack,
+    HDF5: read_hdf5,
+}
