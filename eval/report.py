@@ -173,7 +173,7 @@ def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     longest = max((list(each) for _, each in measured if each), key=len, default=["backend"])
     head = list(dict.fromkeys([*longest, *(name for _, each in measured for name in each or ())]))
     order = {name: place for place, name in enumerate(COLUMNS)}
-    head.sort(key=lambda name: order[name.partition(",")[0]])
+    head.sort(key=lambda name: order.get(name.partition(",")[0], len(order)))
     rows = []
     for row, each in measured:
         if each is None:
