@@ -37,7 +37,6 @@ class Backend(abc.ABC):
       device: the kind that it is asked to compute on, if it can; set before it is made.
       needs: what installs it.
       traceable: whether jax.profiler sees what it does.
-      streams: whether it can take examples and give answers by itself; see `stream`.
       length: tokens of the longest window.
     """
 
@@ -46,7 +45,6 @@ class Backend(abc.ABC):
     device: ClassVar[str] = "cpu"
     needs: ClassVar[str] = ""
     traceable: ClassVar[bool] = False
-    streams: ClassVar[bool] = False
     length = LENGTH
 
     @classmethod
@@ -77,7 +75,12 @@ class Backend(abc.ABC):
           The text of each answer, "" for none, and the seconds of each of `runner.STAGES`, which
           may go on side by side.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no `stream` of its own")
+
+    @property
+    def streams(self) -> bool:
+        """Whether it takes examples and gives answers by itself: it has a `stream` of its own."""
+        return type(self).stream is not Backend.stream
 
     def step(self, windows: Sequence[Feature]) -> dict[str, Any]:
         """The largest batch of these windows again and again; {} where that means nothing.

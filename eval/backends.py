@@ -37,7 +37,7 @@ class Jax(Backend):
 
     dtypes = ("float32", "bfloat16")
     devices = ("cpu", "gpu", "tpu")
-    traceable = streams = True
+    traceable = True
     options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, model: str, dtype: str, threads: int):

@@ -105,3 +105,21 @@ def test_a_backend_of_ones_own_is_found_by_module_and_class():
 def test_another_name_is_refused(name, told):
     with pytest.raises(UsageError, match=told):
         backends.backend_of(name)
+
+
+def test_a_backend_streams_if_it_has_a_stream_of_its_own():
+    class Plain(backend.Backend):
+        def __init__(self, model, dtype, threads):
+            pass
+
+        def run(self, windows, way):
+            return []
+
+    class Streaming(Plain):
+        def stream(self, examples):
+            return [], {}
+
+    assert not Plain("", "float32", 1).streams
+    assert Streaming("", "float32", 1).streams
+    with pytest.raises(TypeError, match="Plain"):
+        Plain("", "float32", 1).stream([])

@@ -123,6 +123,11 @@ class Reader(html.parser.HTMLParser):
             self.marked.append(data)
 
 
+def test_a_column_without_a_place_comes_last(content, monkeypatch):
+    monkeypatch.setattr(report, "COLUMNS", [name for name in report.COLUMNS if name != "EM"])
+    assert report.table(content)[0][-1] == "EM"
+
+
 def test_all_text_is_escaped(page):
     read = Reader(page)
     assert "script" not in {tag for tag, _ in read.tags}
