@@ -70,7 +70,7 @@ class Measurement(Subject):
 
     width: int | None = None
     """Repeat the checkpoint's channels until there are so many, which changes no answer: with 768
-    it has DistilBERT-base's size, and its speed."""
+    it has DistilBERT-base's width, and with as many layers its speed."""
 
     scenarios: tuple[Scenario, ...] = ("offline", "single", "server")
     """offline: all questions at once; single: one after the other; server: at random times; start:
