@@ -22,6 +22,7 @@ from flaxqa.records import Columns
 
 from . import questions, report
 from .config import CompareConfig, EvalConfig
+from .squad import METRICS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Evaluation:
         return report.Run("evaluation", metrics=self.metrics, run=self.run)
 
     def __repr__(self) -> str:
-        scores = f"EM {self.metrics['exact_match']:.2f}, F1 {self.metrics['f1']:.2f}"
+        scores = ", ".join(f"{one.label} {self.metrics[name]:.2f}" for name, one in METRICS.items())
         return f"<Evaluation: {scores}, {self.metrics['total']:,} questions>"
 
     def _repr_html_(self) -> str:
@@ -95,7 +96,7 @@ def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:
     if "absent" in row:
         return found | {"verdict": "absent", "reason": row["absent"]}
     found |= {"verdict": row["verdict"], "reason": "; ".join(row["reasons"]) or None}
-    found |= {name: row["scores"][name]["value"] for name in ("exact_match", "f1")}
+    found |= {name: score["value"] for name, score in row["scores"].items()}
     for way, one in row["offline"].items():
         names = ("questions_per_second", "useful_flops_per_second", "slower_than_first")
         found |= {f"{way}_{name}": one[name] for name in names}

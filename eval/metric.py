@@ -64,7 +64,7 @@ class Squad(OfFrames):
     def _compute(self, *, predictions: Any, references: Any) -> dict[str, float]:
         questions, given = read(predictions, references)
         scores = squad.score(questions, given)
-        return {"exact_match": scores.exact_match, "f1": scores.f1}
+        return scores.means
 
 
 class SquadV2(OfFrames):

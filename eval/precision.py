@@ -94,8 +94,7 @@ def rows(model: str, asked: Sequence[SquadExample], v2: bool) -> Iterator[dict[s
         scores = squad.score(asked, texts, v2=v2)
         yield {
             "step": row,
-            "exact_match": scores.exact_match,
-            "f1": scores.f1,
+            **scores.means,
             "same_answers": sum(exact[key] == text for key, text in texts.items()),
             "questions": len(texts),
             # Root mean squares: how large the errors are beside the logits.

@@ -17,6 +17,8 @@ from typing import Any
 from flaxqa import files
 from flaxqa.errors import DataError, UsageError
 
+from .squad import METRICS
+
 SHOWN = 50  # disagreements
 INK, LINE = "#00f0fe", "#00f0ff"  # stand for colours of the page, as #00f000 and on for its series
 NOTHING, MINUS = "\u2013", "\u2212"
@@ -185,9 +187,10 @@ def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 COLUMNS = (
-    "backend", "on", "verdict", "EM", "F1", "questions/s", "useful TFLOP/s", "host", "step TFLOP/s",
-    "start cold", "start", "p50", "p99", "served/s", "same answers", "logits apart",
-    f"F1 {MINUS} reference", "load", "first call", "memory", "device memory",
+    "backend", "on", "verdict", *(one.label for one in METRICS.values()), "questions/s",
+    "useful TFLOP/s", "host", "step TFLOP/s", "start cold", "start", "p50", "p99", "served/s",
+    "same answers", "logits apart", f"F1 {MINUS} reference", "load", "first call", "memory",
+    "device memory",
 )  # fmt: skip
 
 
@@ -195,9 +198,8 @@ def cells(row: Mapping[str, Any], placed: bool) -> Cells:
     """What the table says of a backend that was measured."""
     f1 = row["scores"]["f1"]
     found: Cells = [("backend", row["name"]), *([("on", row["device"])] if placed else []),
-                    ("verdict", row["verdict"]),
-                    ("EM", f"{row['scores']['exact_match']['value']:.2f}"),
-                    ("F1", f"{f1['value']:.2f}")]  # fmt: skip
+                    ("verdict", row["verdict"])]  # fmt: skip
+    found += [(METRICS[name].label, f"{one['value']:.2f}") for name, one in row["scores"].items()]
     for way, one in row["offline"].items():
         spread = f"{number(one['lowest'])} to {number(one['highest'])}"
         found.append((f"questions/s, {way}", f"{number(one['questions_per_second'])} ({spread})"))
@@ -512,11 +514,12 @@ def evaluations(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]] | None
         rows.append([
             one.name, run["started"][:16].replace("T", " "), run["config"]["model"],
             run["data"]["name"], run["platform"]["dtype"], f"{metrics['total']:,}",
-            score("exact_match"), score("f1"), number(metrics["questions_per_second"]),
+            *map(score, METRICS), number(metrics["questions_per_second"]),
         ])  # fmt: skip
     if not rows:
         return None
-    head = ["run", "started", "model", "data", "dtype", "questions", "EM", "F1", "questions/s"]
+    head = ["run", "started", "model", "data", "dtype", "questions",
+            *(one.label for one in METRICS.values()), "questions/s"]  # fmt: skip
     return head, rows
 
 
@@ -526,10 +529,9 @@ def evaluation_plots(runs: Sequence[Run]) -> dict[str, str]:
     if len(found) < 2:
         return {}
     names = [name for name, _ in found]
-    scores = {name: [metrics[key] for _, metrics in found]
-              for name, key in (("F1", "f1"), ("EM", "exact_match"))}  # fmt: skip
-    spread = {name: [metrics[f"{key}_interval"] for _, metrics in found]
-              for name, key in (("F1", "f1"), ("EM", "exact_match"))}  # fmt: skip
+    scores = {one.label: [metrics[key] for _, metrics in found] for key, one in METRICS.items()}
+    spread = {one.label: [metrics[f"{key}_interval"] for _, metrics in found]
+              for key, one in METRICS.items()}  # fmt: skip
     speeds = {"speed": [metrics["questions_per_second"] for _, metrics in found]}
     return {
         "Scores": bars(names, scores, name="scores", spread=spread,

@@ -147,9 +147,9 @@ class Results:
         """EM and F1 with intervals, and their distance from the reference's, by question."""
         own, theirs = self.scored(one), self.scored(self.reference)
         intervals, found = own.intervals(), {}
-        for name, values in (("exact_match", "exact_matches"), ("f1", "f1s")):
-            apart = difference_interval(getattr(own, values), getattr(theirs, values))
-            found[name] = {"value": getattr(own, name), "interval": intervals[name], **apart}
+        for name, mean in own.means.items():
+            apart = difference_interval(own.values[name], theirs.values[name])
+            found[name] = {"value": mean, "interval": intervals[name], **apart}
         return found
 
     def reasons(self, one: Contestant) -> list[str]:
@@ -291,10 +291,7 @@ class Results:
                     "group": label,
                     "questions": int((labels == label).sum()),
                     "scores": {
-                        name: {
-                            "exact_match": 100 * float(one.exact_matches[labels == label].mean()),
-                            "f1": 100 * float(one.f1s[labels == label].mean()),
-                        }
+                        name: {metric: one.mean(metric, labels == label) for metric in one.values}
                         for name, one in scored.items()
                     },
                 }

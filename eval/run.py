@@ -167,9 +167,7 @@ def answers_of(
     advance: Callable[[int, int], None],
 ) -> Iterator[tuple[list[Answers], Spent]]:
     """The answers to every question, chunk by chunk; in `error` why one cannot be asked."""
-    n = {"spans": "top_k", "squad": "n_best"}[config.decoder]
-    options = {n: config.n_best, "max_answer_length": config.max_answer_length}
-    decode = answers.Decoder(config.decoder, **options)
+    decode = answers.Decoder.best(config.decoder, config.n_best, config.max_answer_length)
     chunks = reader.chunks(asked, size_of=features.characters)
     return loaded.answer_chunks(chunks, decode, advance)
 
@@ -269,12 +267,9 @@ def results(
     config: EvalConfig,
 ) -> dict[str, Any]:
     """The scores and speeds of a run: the content of `metrics.json`, but for its last fields."""
-    intervals = scores.intervals()
     return {
-        "exact_match": scores.exact_match,
-        "f1": scores.f1,
-        "exact_match_interval": intervals["exact_match"],
-        "f1_interval": intervals["f1"],
+        **scores.means,
+        **{f"{name}_interval": interval for name, interval in scores.intervals().items()},
         "confidence": 0.95,
         "total": len(rows),
         "set_aside": sum(row.error is not None for row in rows),
@@ -410,8 +405,7 @@ def parquet(
             "null_odds": pyarrow.array(
                 [None if row.error else row.null_odds for row in rows], pyarrow.float64()
             ),
-            "exact_match": scores.exact_matches,
-            "f1": scores.f1s,
+            **scores.values,
             "n_windows": pyarrow.array([row.n_windows for row in rows], pyarrow.int32()),
             "question_cut": [row.question_cut for row in rows],
             "error": pyarrow.array([row.error for row in rows], pyarrow.string()),

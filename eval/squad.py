@@ -16,9 +16,9 @@ import json
 import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -96,8 +96,8 @@ NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-def exact_match(prediction: str, answer: str) -> bool:
-    """Whether both are the same after `normalize_answer`."""
+def exact_match(prediction: str, answer: str, *, v2: bool = False) -> bool:
+    """Whether both are the same after `normalize_answer`; `v2` changes nothing."""
     return normalize_answer(prediction) == normalize_answer(answer)
 
 
@@ -116,34 +116,64 @@ def f1(prediction: str, answer: str, *, v2: bool = False) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+class Metric(NamedTuple):
+    """A number for a prediction beside a right answer; a question's is that of its best answer.
+
+    Attributes:
+      label: its name in tables.
+      official: its name in the results of SQuAD 2.0's script.
+      of: the number, in [0, 1].
+      kind: its type.
+    """
+
+    label: str
+    official: str
+    of: Callable[..., float]
+    kind: type[Any]
+
+
+METRICS = {
+    "exact_match": Metric("EM", "exact", exact_match, np.bool_),
+    "f1": Metric("F1", "f1", f1, np.float64),
+}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """Exact match and F1 of every question, each against its best answer.
+    """The metrics of every question, each against its best answer.
 
     Attributes:
       ids: of the questions, in their order.
-      exact_matches: bool [questions].
-      f1s: float64 [questions], in [0, 1].
+      values: by name in METRICS, of that metric's kind, [questions], in [0, 1].
       unanswered: the ids without a prediction; their scores are 0 and they count in the total.
       has_answer: bool [questions], whether it has a right answer; in v1.1 each has.
     """
 
     ids: tuple[str, ...]
-    exact_matches: np.ndarray
-    f1s: np.ndarray
+    values: Mapping[str, np.ndarray]
     unanswered: tuple[str, ...]
     has_answer: np.ndarray
 
     @property
+    def means(self) -> dict[str, float]:
+        """Of each metric the mean over all questions, in percent."""
+        return {name: self.mean(name, slice(None)) for name in self.values}
+
+    def mean(self, name: str, chosen: Any) -> float:
+        """Of a metric the mean over some questions, in percent."""
+        # Added in the questions' order, as the official script does: the same last digit.
+        values = self.values[name][chosen].tolist()
+        return 100.0 * sum(values) / len(values)
+
+    @property
     def exact_match(self) -> float:
         """In percent of all questions."""
-        return 100.0 * float(self.exact_matches.sum()) / len(self.ids)
+        return self.means["exact_match"]
 
     @property
     def f1(self) -> float:
         """The mean over all questions, in percent."""
-        # Added in the questions' order, as the official script does: the same last digit.
-        return 100.0 * sum(self.f1s.tolist()) / len(self.ids)
+        return self.means["f1"]
 
     def by_answer(self) -> dict[str, float]:
         """The official numbers of SQuAD 2.0 under their names, of all questions and of each kind.
@@ -152,16 +182,13 @@ class Scores:
         """
         kinds = {"": np.ones_like(self.has_answer), "HasAns_": self.has_answer,
                  "NoAns_": ~self.has_answer}  # fmt: skip
-        return {
-            prefix + name: value
-            for prefix, chosen in kinds.items()
-            if (n := int(chosen.sum()))
-            for name, value in (
-                ("exact", 100.0 * float(self.exact_matches[chosen].sum()) / n),
-                ("f1", 100.0 * sum(self.f1s[chosen].tolist()) / n),
-                ("total", n),
-            )
-        }
+        found: dict[str, float] = {}
+        for prefix, chosen in kinds.items():
+            if n := int(chosen.sum()):
+                for name in self.values:
+                    found[prefix + METRICS[name].official] = self.mean(name, chosen)
+                found[f"{prefix}total"] = n
+        return found
 
     def with_no_answer(self, na_probs: Mapping[str, float], threshold: float) -> Scores:
         """The scores when every question whose number is above the threshold is left unanswered.
@@ -172,34 +199,30 @@ class Scores:
         left = np.array(
             [na_probs.get(each, -np.inf) > threshold and each not in missing for each in self.ids]
         )
-        return dataclasses.replace(
-            self,
-            exact_matches=np.where(left, ~self.has_answer, self.exact_matches),
-            f1s=np.where(left, (~self.has_answer).astype(float), self.f1s),
-        )
+        values = {
+            name: np.where(left, (~self.has_answer).astype(own.dtype), own)
+            for name, own in self.values.items()
+        }
+        return dataclasses.replace(self, values=values)
 
     def intervals(
         self, *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = SEED
     ) -> dict[str, tuple[float, float]]:
-        """Percentile bootstrap intervals of `exact_match` and `f1`, in percent.
+        """Percentile bootstrap intervals of the `means`, in percent.
 
         Questions are resampled as if independent, although those of one article are not quite. A
-        resample only matters by how often each distinct pair of scores is in it, and these counts
+        resample only matters by how often each distinct row of scores is in it, and these counts
         are multinomial: drawing them is the same bootstrap, hundreds of times as fast.
         """
-        pairs, counts = np.unique(
-            np.stack((self.exact_matches, self.f1s), axis=1), axis=0, return_counts=True
-        )
+        every = np.stack([*self.values.values()], axis=1)
+        rows, counts = np.unique(every, axis=0, return_counts=True)
         total = len(self.ids)
         rng = np.random.default_rng(seed)
         drawn = rng.multinomial(total, counts / total, size=resamples)
-        means = 100.0 * (drawn @ pairs) / total
+        means = 100.0 * (drawn @ rows) / total
         tail = 50.0 * (1.0 - confidence)
         low, high = np.percentile(means, (tail, 100.0 - tail), axis=0)
-        return {
-            "exact_match": (float(low[0]), float(high[0])),
-            "f1": (float(low[1]), float(high[1])),
-        }
+        return dict(zip(self.values, zip(low.tolist(), high.tolist(), strict=True), strict=True))
 
 
 def score(
@@ -212,8 +235,7 @@ def score(
       predictions: {id: text}; "" is right for a question without an answer.
       v2: whether by the rules of SQuAD 2.0.
     """
-    exact_matches = np.zeros(len(questions), np.bool_)
-    f1s = np.zeros(len(questions))
+    values = {name: np.zeros(len(questions), metric.kind) for name, metric in METRICS.items()}
     unanswered = []
     for index, question in enumerate(questions):
         prediction = predictions.get(question.id)
@@ -223,11 +245,11 @@ def score(
         golds: Sequence[str] = question.answers
         if v2:
             golds = [gold for gold in golds if normalize_answer(gold)] or [""]
-        exact_matches[index] = any(exact_match(prediction, gold) for gold in golds)
-        f1s[index] = max(f1(prediction, gold, v2=v2) for gold in golds)
+        for name, metric in METRICS.items():
+            values[name][index] = max(metric.of(prediction, gold, v2=v2) for gold in golds)
     ids = tuple(question.id for question in questions)
     has_answer = np.array([bool(question.answers) for question in questions])
-    return Scores(ids, exact_matches, f1s, tuple(unanswered), has_answer)
+    return Scores(ids, values, tuple(unanswered), has_answer)
 
 
 def best_thresholds(
@@ -248,7 +270,8 @@ def best_thresholds(
     ranked = [each for each in sorted(na_probs, key=lambda each: na_probs[each]) if each in row]
     ranked = [each for each in ranked if each in predictions]
     found = {}
-    for name, values in (("exact", scores.exact_matches.astype(float)), ("f1", scores.f1s)):
+    for metric, values in scores.values.items():
+        name = METRICS[metric].official
         current = best = float(sum(not scores.has_answer[row[each]] for each in ranked))
         threshold = 0.0
         for example_id in ranked:

@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -293,25 +293,22 @@ class Table:
 
 
 class Decoder:
-    """One of the rules `spans` and `squad` with its options, to be called with what there is.
+    """A rule of DECODERS with its options, to be called with what there is.
 
     Attributes:
       rule: by which devices can look for all that it needs of a window; None if it needs logits.
     """
 
     def __init__(self, name: str, **options: Any):
-        """Takes the options of `decode_spans` or `decode_squad`."""
-        decoders: dict[str, Callable[..., list[Answers]]] = {
-            "spans": decode_spans,
-            "squad": decode_squad,
-        }
-        self.decode = functools.partial(decoders[name], **options)
-        longest = options.get("max_answer_length", MAX_ANSWER_LENGTH)
-        self.rule: Rule | None = Spans(1, longest)
-        if name == "squad":
-            self.rule = Pairs(options.get("n_best", N_BEST), longest)
-        elif options.get("top_k", 1) > 1 or options.get("overlapping", False):
-            self.rule = None
+        """Takes the options of the rule's function."""
+        kind = DECODERS[name]
+        self.decode = functools.partial(kind.decode, **options)
+        self.rule = kind.on_devices(**options)
+
+    @classmethod
+    def best(cls, name: str, n: int, max_answer_length: int) -> Decoder:
+        """A rule by name, for the n best answers."""
+        return cls(name, **{DECODERS[name].count: n, "max_answer_length": max_answer_length})
 
     @classmethod
     def of(cls, options: AnswerOptions) -> Decoder:
@@ -322,7 +319,7 @@ class Decoder:
     def __call__(
         self, examples: Sequence[Example], features: Sequence[Feature], logits: Sequence[Logits]
     ) -> list[Answers]:
-        """See `decode_spans` and `decode_squad`."""
+        """The answers to each example; see `decode_spans` and `decode_squad`."""
         return self.decode(examples, features, logits)
 
 
@@ -471,6 +468,42 @@ def decode_squad(
         return [Answers() for _ in examples]
     table = Table(examples, features, logits, Pairs(n_best, max_answer_length))
     return table.collected(table.answers(table.found, top_k or n_best, words=False))
+
+
+class Decoding(NamedTuple):
+    """One way to choose answers.
+
+    Attributes:
+      decode: examples, features, logits and options to answers.
+      count: what its option for the number of answers is called.
+      on_devices: its options to the rule by which devices can look for all that it needs of a
+        window, None if it needs logits.
+    """
+
+    decode: Callable[..., list[Answers]]
+    count: str
+    on_devices: Callable[..., Rule | None]
+
+
+def spans_on_devices(
+    top_k: int = 1,
+    max_answer_length: int = MAX_ANSWER_LENGTH,
+    overlapping: bool = False,
+    align_to_words: bool = True,
+) -> Rule | None:
+    return None if top_k > 1 or overlapping else Spans(1, max_answer_length)
+
+
+def squad_on_devices(
+    n_best: int = N_BEST, max_answer_length: int = MAX_ANSWER_LENGTH, top_k: int | None = None
+) -> Rule:
+    return Pairs(n_best, max_answer_length)
+
+
+DECODERS = {
+    "spans": Decoding(decode_spans, "top_k", spans_on_devices),
+    "squad": Decoding(decode_squad, "n_best", squad_on_devices),
+}
 
 
 def probabilities(answers: Sequence[Answer]) -> list[float]:

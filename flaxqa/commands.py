@@ -151,6 +151,8 @@ def evaluate(options: EvalConfig) -> int:
 
 
 def summary(metrics: dict[str, Any], output: str) -> None:
+    from flaxqa.eval.squad import METRICS
+
     def scored(name: str) -> str:
         low, high = metrics[f"{name}_interval"]
         return f"{metrics[name]:.2f} ({low:.2f} to {high:.2f})"
@@ -161,7 +163,12 @@ def summary(metrics: dict[str, Any], output: str) -> None:
     )
     part = f", the first {metrics['limit']} only" if metrics["limit"] else ""
     lines = [
-        f"EM {scored('exact_match')}   F1 {scored('f1')}   95 % bootstrap intervals",
+        "   ".join(
+            [
+                *(f"{one.label} {scored(name)}" for name, one in METRICS.items()),
+                "95 % bootstrap intervals",
+            ]
+        ),
         f"{metrics['total']:,} questions{part}, {metrics['n_windows']:,} windows, "
         f"{metrics['padding_share']:.1%} padding",
         f"{metrics['questions_per_second']:,.1f} questions/s, "
@@ -285,7 +292,7 @@ def score(command: Score) -> int:
             )
     scores = squad.score(asked, predictions, v2=v2)
     tell_unanswered(command, scores.unanswered, len(asked))
-    result: dict[str, Any] = {"exact_match": scores.exact_match, "f1": scores.f1}
+    result: dict[str, Any] = dict(scores.means)
     if v2:
         best = {}
         if command.na_prob_file is not None:

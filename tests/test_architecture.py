@@ -1,11 +1,16 @@
 """The house: no import circles, no file or function that is too long, no heavy imports."""
 
 import ast
+import dataclasses
 import subprocess
 import sys
+import typing
 
 import pytest
 from conftest import ROOT
+
+from flaxqa import answers, config
+from flaxqa.eval import config as eval_config
 
 FILES = sorted(
     path for folder in ("flaxqa", "eval", "tests") for path in ROOT.joinpath(folder).rglob("*.py")
@@ -91,3 +96,21 @@ def test_a_worker_of_another_framework_imports_no_jax():
 def test_the_command_line_imports_nothing_heavy():
     heavy = {"jax", "flax", "transformers", "datasets", "pyarrow", "matplotlib", "pandas"}
     assert not loaded_by("import flaxqa.cli") & heavy
+
+
+def test_every_option_is_used():
+    """One that is declared and never read would be taken and ignored, silently."""
+    nodes = [node for path in OURS for node in ast.walk(ast.parse(path.read_text()))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    # Those that a class takes under the same name are passed on by `Options.of`.
+    named = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    kinds = [config.ReaderOptions, config.PredictConfig, eval_config.EvalConfig,
+             eval_config.CompareConfig]  # fmt: skip
+    for kind in kinds:
+        for field in dataclasses.fields(kind):
+            assert field.name in read | named, f"{kind.__name__}.{field.name}"
+
+
+def test_eval_takes_every_decoding_rule():
+    decoder = typing.get_type_hints(eval_config.EvalConfig)["decoder"]
+    assert set(typing.get_args(decoder)) == set(answers.DECODERS)

@@ -12,7 +12,7 @@ from conftest import QUICKSTART
 
 from flaxqa import cli
 from flaxqa.errors import DataError, UsageError
-from flaxqa.eval import report
+from flaxqa.eval import report, squad
 
 EVIL = '<script>alert("x")</script> & <b>'
 
@@ -126,6 +126,14 @@ class Reader(html.parser.HTMLParser):
 def test_a_column_without_a_place_comes_last(content, monkeypatch):
     monkeypatch.setattr(report, "COLUMNS", [name for name in report.COLUMNS if name != "EM"])
     assert report.table(content)[0][-1] == "EM"
+
+
+def test_a_new_metric_is_in_the_table_by_its_label(content, monkeypatch):
+    monkeypatch.setitem(squad.METRICS, "words", squad.Metric("Words", "words", len, float))
+    for row in report.there(content):
+        row["scores"]["words"] = {"value": 12.5}
+    head, rows = report.table(content)
+    assert rows[0][head.index("Words")] == "12.50"
 
 
 def test_all_text_is_escaped(page):

@@ -51,11 +51,23 @@ def test_the_best_answer_counts_for_each_score_and_missing_ones_score_zero():
         content(qa("1", answers=("the", "the cat")), qa("2"), qa("3")), ""
     ).questions
     scores = squad.score(questions, {"1": "", "3": "Bob", "9": "ignored"})
-    assert scores.exact_matches.tolist() == [True, False, True]
-    assert scores.f1s.tolist() == [0.0, 0.0, 1.0]
+    assert scores.values["exact_match"].tolist() == [True, False, True]
+    assert scores.values["f1"].tolist() == [0.0, 0.0, 1.0]
     assert scores.unanswered == ("2",)
     assert scores.exact_match == pytest.approx(200 / 3)
     assert scores.f1 == pytest.approx(100 / 3)
+
+
+def test_a_new_metric_is_one_entry(monkeypatch):
+    def begins(prediction, answer, *, v2=False):
+        return answer.startswith(prediction)
+
+    monkeypatch.setitem(squad.METRICS, "begins", squad.Metric("Begins", "begins", begins, bool))
+    asked = content(qa("a", answers=("red car", "car")), qa("b", answers=("blue",)))
+    scores = squad.score(dataset.parse(asked, "").questions, {"a": "red", "b": "green"})
+    assert scores.means == {"exact_match": 0.0, "f1": pytest.approx(100 / 3), "begins": 50.0}
+    assert scores.intervals()["begins"] == (0.0, 100.0)
+    assert scores.by_answer()["HasAns_begins"] == 50.0
 
 
 @pytest.mark.shared
@@ -77,24 +89,26 @@ def test_published_predictions_have_their_official_scores(name, exact_match, f1)
 def random_scores(n, seed=0):
     rng = np.random.default_rng(seed)
     f1s = rng.choice([0, 0.4, 0.5, 2 / 3, 0.8, 1], n)
-    return squad.Scores(tuple(map(str, range(n))), f1s == 1, f1s, (), np.ones(n, bool))
+    values = {"exact_match": f1s == 1, "f1": f1s}
+    return squad.Scores(tuple(map(str, range(n))), values, (), np.ones(n, bool))
 
 
 def test_intervals_are_those_of_resampling_the_questions():
     scores = random_scores(400)
     rng = np.random.default_rng(1)
     rows = rng.integers(0, 400, (20_000, 400))
-    expected = np.percentile(100 * scores.f1s[rows].mean(axis=1), (2.5, 97.5))
+    expected = np.percentile(100 * scores.values["f1"][rows].mean(axis=1), (2.5, 97.5))
     got = scores.intervals(resamples=20_000)
     np.testing.assert_allclose(got["f1"], expected, atol=0.15)  # 0.05 is their own noise
-    expected = np.percentile(100 * scores.exact_matches[rows].mean(axis=1), (2.5, 97.5))
+    expected = np.percentile(100 * scores.values["exact_match"][rows].mean(axis=1), (2.5, 97.5))
     np.testing.assert_allclose(got["exact_match"], expected, atol=0.3)  # steps of 0.25
     assert scores.intervals() == scores.intervals()
     assert scores.intervals(seed=1) != scores.intervals()
 
 
 def test_intervals_of_certain_scores_are_points():
-    certain = squad.Scores(("1", "2"), np.ones(2, bool), np.ones(2), (), np.ones(2, bool))
+    values = {"exact_match": np.ones(2, bool), "f1": np.ones(2)}
+    certain = squad.Scores(("1", "2"), values, (), np.ones(2, bool))
     assert certain.intervals() == {"exact_match": (100.0, 100.0), "f1": (100.0, 100.0)}
 
 
@@ -288,8 +302,8 @@ def v2():
 def test_v2_scores_are_those_worked_by_hand(v2):
     questions, predictions, _ = v2
     scores = squad.score(questions, predictions, v2=True)
-    assert scores.exact_matches.tolist() == [bool(row[4]) for row in V2]
-    np.testing.assert_allclose(scores.f1s, [row[5] for row in V2], rtol=1e-15)
+    assert scores.values["exact_match"].tolist() == [bool(row[4]) for row in V2]
+    np.testing.assert_allclose(scores.values["f1"], [row[5] for row in V2], rtol=1e-15)
     assert scores.has_answer.tolist() == [True] * 6 + [False] * 3
     assert scores.by_answer() == pytest.approx(
         {
@@ -319,8 +333,8 @@ def test_v2_scores_are_those_worked_by_hand(v2):
 def test_v2_questions_above_the_threshold_are_left_unanswered(v2, threshold, exact, f1):
     questions, predictions, na_probs = v2
     scores = squad.score(questions, predictions, v2=True).with_no_answer(na_probs, threshold)
-    assert scores.exact_matches.tolist() == [bool(value) for value in exact]
-    np.testing.assert_allclose(scores.f1s, f1)
+    assert scores.values["exact_match"].tolist() == [bool(value) for value in exact]
+    np.testing.assert_allclose(scores.values["f1"], f1)
 
 
 def test_v2_best_thresholds_are_those_worked_by_hand(v2):
