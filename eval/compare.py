@@ -106,13 +106,19 @@ class Field:
         if not self.asked:
             raise UsageError(f"{config.data} has no question that can be asked")
         progress.stage("loading the checkpoint")
-        self.loaded = checkpoint.load(config.model, revision=config.revision)
+        self.loaded = checkpoint.load(
+            config.model, revision=config.revision, weights_file=config.weights
+        )
         self.stack = contextlib.ExitStack()
         self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
         (self.folder / "prepared").mkdir()
         if config.width is not None:
             wider = widen.widened(self.loaded, config.width, self.folder / "model")
             self.loaded = checkpoint.load(wider)
+        elif self.loaded.notes or config.weights is not None:  # as every framework can read it
+            usual, loaded = self.folder / "model", self.loaded
+            checkpoint.save(loaded.model, usual, tokenizer=loaded.tokenizer)
+            self.loaded = checkpoint.load(usual)
         self.directory = self.loaded.directory.resolve()
         self.length = min(backend.LENGTH, self.loaded.config.max_position_embeddings)
         windows = features.make(

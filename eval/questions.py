@@ -11,13 +11,11 @@ import dataclasses
 import hashlib
 import json
 import re
-import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flaxqa import files, frames, inputs, rows, sources
+from flaxqa import frames, inputs, rows, sources
 from flaxqa.config import DataOptions
 from flaxqa.errors import DataError, TryAgain, UsageError, all_problems
 from flaxqa.features import Example
@@ -71,7 +69,7 @@ class Found:
             return
         fields = row.fields or {}
         self.v2 |= fields.get(IMPOSSIBLE) is not None
-        if fields.get(columns.id) is None:
+        if rows.value_at(fields, columns.id) is None:
             self.problems.append((f"{place}: the record has no column {columns.id!r}", False))
         try:
             golds = golds_of(fields.get(ANSWERS))
@@ -173,35 +171,23 @@ def read_with_source(
     """
     options = options or DataOptions()
     columns = Columns.of(options.columns)
-    with tempfile.TemporaryDirectory() as folder:
-        source: dict[str, Any] = {"name": str(name)}
-        found = Found(str(name))
-        for one in inputs_of(str(name), options, Path(folder)):
-            read_into(found, one, columns, source)
-        data = found.data()
+    source: dict[str, Any] = {"name": str(name)}
+    found = Found(str(name))
+    for one in inputs_of(str(name), options):
+        read_into(found, one, columns, source)
+    data = found.data()
     source["questions"] = len(data.questions)
     return data, source
 
 
-def inputs_of(name: str, options: DataOptions, folder: Path) -> list[Input]:
-    """What a name stands for; of a pipe a copy in the folder.
+def inputs_of(name: str, options: DataOptions) -> list[Input]:
+    """What a name stands for.
 
     Raises:
       DataError: nothing that can be read.
     """
-    path = files.local(name)
     try:
-        if path.exists() and stat.S_ISFIFO(path.stat().st_mode):
-            path = folder / "data.json"
-            path.write_bytes(files.read_named(name))
-        kind = options.input_format
-        if kind == "auto" and path.is_file() and inputs.kind_of(path)[0] is None:
-            kind = "json"
-        found = inputs.find(
-            [str(path) if path.exists() else name], format=kind,
-            split=options.split or "validation", config=options.data_config,
-            revision=options.data_revision,
-        )  # fmt: skip
+        found = inputs.find([name], options=options, split="validation", unnamed="json")
         return [one if one.format == "hub" else inputs.identified(one) for one in found]
     except UsageError as error:
         raise DataError(str(error)) from error
@@ -230,11 +216,12 @@ def read_into(found: Found, one: Input, columns: Columns, source: dict[str, Any]
         note_version(found, reader.content)
         source["version_told"] = version_of(reader.content)
     there = reader.columns()
-    missing = [name for name in columns.needed() if there is not None and name not in there]
+    missing = [] if there is None else [
+        name for name in columns.needed() if not rows.has_column(there, name)]  # fmt: skip
     if missing:
         raise DataError(
             f"{found.where} has no column {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(there or ())}"
+            f"{', '.join(there or ())}{reader.hint()}"
         )
     for row in reader.rows(0, 1):
         found.add(row, columns)

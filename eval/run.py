@@ -25,7 +25,7 @@ from typing import Any
 
 from flaxqa import answers, features, files, reader
 from flaxqa.answers import Answer, Answers
-from flaxqa.config import ReaderOptions
+from flaxqa.config import ModelOptions, ReaderOptions
 from flaxqa.errors import TryAgain
 from flaxqa.profile import Profile
 from flaxqa.progress import Progress, Silence
@@ -62,7 +62,7 @@ def evaluate(
     data = data._replace(questions=data.questions[: config.limit])
     progress.stage("loading the checkpoint")
     loading = time.perf_counter()
-    loaded = reader.load(config.model, revision=config.revision, **config.of(ReaderOptions))
+    loaded = reader.load(**config.of(ModelOptions), **config.of(ReaderOptions))
     load_seconds = time.perf_counter() - loading
     run = describe(config, loaded, data, source)
     with Partial(output / ".partial.jsonl", run_key(run)) as partial:
@@ -105,6 +105,7 @@ def describe(
             "commit": checkpoint.commit,
             "sha256": checkpoint.sha256(),
             "ignored_tensors": dict(checkpoint.ignored),
+            "notes": list(checkpoint.notes),
         },
         "data": {
             **source,

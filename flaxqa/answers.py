@@ -308,7 +308,7 @@ class Decoder:
     @classmethod
     def best(cls, name: str, n: int, max_answer_length: int) -> Decoder:
         """A rule by name, for the n best answers."""
-        return cls(name, **{DECODERS[name].count: n, "max_answer_length": max_answer_length})
+        return cls(name, **{DECODERS[name].amount: n, "max_answer_length": max_answer_length})
 
     @classmethod
     def of(cls, options: AnswerOptions) -> Decoder:
@@ -475,13 +475,13 @@ class Decoding(NamedTuple):
 
     Attributes:
       decode: examples, features, logits and options to answers.
-      count: what its option for the number of answers is called.
+      amount: what its option for the number of answers is called.
       on_devices: its options to the rule by which devices can look for all that it needs of a
         window, None if it needs logits.
     """
 
     decode: Callable[..., list[Answers]]
-    count: str
+    amount: str
     on_devices: Callable[..., Rule | None]
 
 

@@ -63,10 +63,7 @@ class Summary:
 
 
 def inputs_of(config: PredictConfig) -> list[Input]:
-    found = inputs.find(
-        config.input, format=config.input_format, split=config.split or "train",
-        config=config.data_config, revision=config.data_revision,
-    )  # fmt: skip
+    found = inputs.find(config.input, options=config)
     inputs.refuse_inside(config.input, found, config.output)
     return found
 

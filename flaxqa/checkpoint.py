@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,7 +52,14 @@ MODULE_NAMES = {
         "output_layer_norm": "output.LayerNorm",
     },
 }
+PRETRAINING_HEADS = {
+    "distilbert": ("vocab_transform.", "vocab_layer_norm.", "vocab_projector."),
+    "bert": ("cls.",),
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+log = logging.getLogger(__name__)
 
 
 class PretrainedModel(QuestionAnsweringModel):
@@ -110,11 +120,13 @@ class Checkpoint:
 
     Attributes:
       tokenizer: without truncation and padding, whatever the file said.
+      name: what `load` finds it by from any place: a hub id, or the directory's whole path.
       directory: where its files lie, for a hub repository in the hub's cache.
       commit: the 40-digit commit of a hub repository, None for a directory.
       files: what was read, by name.
       ignored: tensors that were left out on purpose, each with the reason.
       states: of the files before they were read, by name; see `flaxqa.files.state_of`.
+      notes: what had to be done to make the files fit, a sentence each; also logged as a warning.
     """
 
     model: PretrainedModel
@@ -125,6 +137,13 @@ class Checkpoint:
     files: tuple[str, ...]
     ignored: Mapping[str, str]
     states: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    name: str = ""
+
+    @property
+    def weights_file(self) -> str:
+        """The file that the weights are in, or the index of the files."""
+        return next(one for one in self.files if weights.is_weights(one))
 
     def sha256(self) -> dict[str, str]:
         """The sha256 of every file that was read, by name.
@@ -146,13 +165,19 @@ class Checkpoint:
 
 
 def load(
-    name: str | Path, *, revision: str | None = None, dtype: DTypeLike = "float32"
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    weights_file: str | None = None,
+    dtype: DTypeLike = "float32",
 ) -> Checkpoint:
     """Loads a question-answering checkpoint, every tensor accounted for.
 
     Args:
       name: a directory, or a hub id such as `distilbert/distilbert-base-uncased-distilled-squad`.
       revision: branch, tag or commit of the hub repository.
+      weights_file: name of the file of weights, or of the index of shards, in that directory; the
+        first of `flaxqa.weights.FORMATS` when left out, or the only other file of such a format.
       dtype: of the weights and of the products' operands, one of DTYPES.
 
     Raises:
@@ -161,15 +186,21 @@ def load(
       TryAgain: the hub cannot be reached and its cache has no copy.
     """
     dtype = checked_dtype(dtype)
-    directory, commit = locate(name, revision)
+    directory, commit = locate(name, revision, weights_file)
     try:
-        return load_directory(directory, commit, dtype)
+        loaded = load_directory(directory, commit, weights_file, dtype)
+        told = str(directory.absolute()) if commit is None else str(name)
+        return dataclasses.replace(loaded, name=told)
     except OSError as error:
         raise ModelRejected(f"{directory} cannot be read: {error}") from error
 
 
-def load_directory(directory: Path, commit: str | None, dtype: DTypeLike) -> Checkpoint:
+def load_directory(
+    directory: Path, commit: str | None, weights_file: str | None, dtype: DTypeLike
+) -> Checkpoint:
     states = {path.name: files.state_of(path) for path in directory.iterdir()}
+    if not (directory / "config.json").exists() and weights_file is None:
+        weights.find(directory)  # says what an adapter's or an ONNX folder is
     content = weights.read_json(directory, "config.json")
     try:
         config = read_config(content)
@@ -178,14 +209,23 @@ def load_directory(directory: Path, commit: str | None, dtype: DTypeLike) -> Che
     tokenizer, tokenizer_files = tokens.load_tokenizer(directory)
     if problems := tokens.tokenizer_problems(tokenizer, config.vocab_size):
         raise ModelRejected(all_problems(f"{directory}: the tokenizer does not fit", problems))
-    weight_files = weights.find(directory)
-    tensors = weights.read(directory)
+    weight_files = weights.find(directory, weights_file)
+    tensors, note = unwrapped(weights.read(directory, weights_file), config)
     try:
         model, ignored = from_tensors(tensors, config, dtype=dtype)
     except ModelRejected as error:
         raise ModelRejected(f"{weight_files[0]}: {error}") from error
+    notes = [f"{weight_files[0]}: {note}"] if note else []
+    if "model_type" not in content:
+        notes.append(f"{directory / 'config.json'} has no model_type; read as {config.model_type}")
+    if weights_file is None and weight_files[0].name not in weights.FORMATS:
+        notes.append(f"the weights are {weight_files[0]}, the only file that may be them")
+    for text in notes:
+        log.warning("%s", text)
     names = ("config.json", *tokenizer_files, *(path.name for path in weight_files))
-    return Checkpoint(model, config, tokenizer, directory, commit, names, ignored, states)
+    return Checkpoint(
+        model, config, tokenizer, directory, commit, names, ignored, states, tuple(notes)
+    )
 
 
 def checked_dtype(dtype: DTypeLike) -> np.dtype:
@@ -203,7 +243,9 @@ def checked_dtype(dtype: DTypeLike) -> np.dtype:
 # ------------------------------------------------------------------------------------------ files
 
 
-def locate(name: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
+def locate(
+    name: str | Path, revision: str | None = None, weights_file: str | None = None
+) -> tuple[Path, str | None]:
     """(directory, commit) of a checkpoint's files; those of a hub repository are fetched first."""
     directory = files.local(name)
     try:
@@ -218,10 +260,10 @@ def locate(name: str | Path, revision: str | None = None) -> tuple[Path, str | N
     parts = str(name).split("/")
     if is_there or len(parts) > 2 or parts[0] in ("", ".", "..", "~"):
         raise UsageError(f"{name} is {'not a directory' if is_there else 'missing'}")
-    return fetch(str(name), revision)
+    return fetch(str(name), revision, weights_file)
 
 
-def fetch(repo_id: str, revision: str | None) -> tuple[Path, str]:
+def fetch(repo_id: str, revision: str | None, weights_file: str | None) -> tuple[Path, str]:
     """The repository's config, tokenizer and one format of weights, in the hub's own cache."""
     import huggingface_hub
     from huggingface_hub import errors
@@ -254,10 +296,11 @@ def fetch(repo_id: str, revision: str | None) -> tuple[Path, str]:
             if tokenizer_files == ["vocab.txt"]:  # it may say that upper case is kept
                 raise unreached[-1]
             unreached.pop()
-        found = next((file for file in weights.FORMATS if get_if_there(file)), None)
+        usual = weights.FORMATS if weights_file is None else (weights_file,)
+        found = next((file for file in usual if get_if_there(file)), None)
         if unreached and not (tokenizer_files and found):
             raise unreached[0]
-        if found == weights.SHARDED:
+        if found is not None and found.endswith(weights.INDEX):
             for shard in set(weights.weight_map(directory / found).values()):
                 if "/" in shard:
                     raise ModelRejected(f"{where}: {shard!r} is not a bare file name")
@@ -290,6 +333,47 @@ def torch_key(path: tuple[Any, ...], model_type: str) -> str:
     return name
 
 
+def unwrapped(
+    tensors: weights.Tensors, config: EncoderConfig
+) -> tuple[weights.Tensors, str | None]:
+    """The tensors under their usual names, and a sentence on how they were called, or None.
+
+    Wrappers put a prefix before all names (`module.` DataParallel, `_orig_mod.` torch.compile,
+    `model.` a class of one's own), and a model that was saved alone has none where there should be
+    one. They get their usual names where all that the config asks for is there then; else all stay
+    as they are.
+    """
+    wanted, own = shapes(config), f"{config.model_type}."
+    prefixes = []
+    for anchor in ("qa_outputs.weight", "embeddings.word_embeddings.weight"):
+        found = [name for name in tensors if f".{name}".endswith(f".{anchor}")]
+        if wanted.keys() <= tensors.keys() or len(found) != 1:
+            return tensors, None
+        prefixes.append(found[0].removesuffix(anchor))
+    head, encoder = prefixes
+
+    def usual(name: str) -> str:
+        if name.startswith(f"{head}qa_outputs."):
+            return name.removeprefix(head)
+        if encoder and not name.startswith(encoder):
+            return name.removeprefix(head)
+        inside = name.removeprefix(encoder)
+        return own + inside if own + inside in wanted else inside
+
+    try:
+        renamed = weights.unique((usual(name), tensor) for name, tensor in tensors.items())
+    except ValueError:
+        return tensors, None
+    if not wanted.keys() <= renamed.keys():
+        return tensors, None
+    if encoder == head + own:
+        told = f"{head!r} before every tensor's name was left out"
+    else:
+        told = f"the names of the encoder's tensors begin with {encoder!r}; read as {own!r}"
+        told = told if encoder else f"the names of the encoder's tensors lack {own!r}; it was added"
+    return renamed, told
+
+
 def from_tensors(
     tensors: Mapping[str, np.ndarray], config: EncoderConfig, *, dtype: DTypeLike = "float32"
 ) -> tuple[PretrainedModel, dict[str, str]]:
@@ -310,8 +394,11 @@ def from_tensors(
         name: harmless(name, tensors[name], config.model_type)
         for name in tensors.keys() - wanted.keys()
     }
-    problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
-    problems += [f"unexpected {name}" for name, reason in sorted(extra.items()) if not reason]
+    problems = listed("missing", wanted.keys() - tensors.keys())
+    problems += listed("unexpected", [name for name, reason in extra.items() if not reason])
+    there, asked = (layers_of(names) for names in (tensors, wanted))
+    if there and there != asked:
+        problems.append(f"the file has {there} layers, the config asks for {asked}")
     arrays = {}
     for name in sorted(wanted.keys() & tensors.keys()):
         tensor = tensors[name]
@@ -343,6 +430,22 @@ def from_tensors(
     return nnx.merge(graphdef, nnx.from_flat_state(loaded)), ignored
 
 
+def listed(what: str, names: Iterable[str]) -> list[str]:
+    """What is to be said of tensors: of each, or of many how they begin and three of them."""
+    names = sorted(names)
+    if len(names) <= 3:
+        return [f"{what} {name}" for name in names]
+    begin = os.path.commonprefix(names).rpartition(".")[0]  # noqa: RUF071
+    where = f", all below {begin}." if begin else ""
+    return [f"{what} {len(names):,} tensors{where}: {', '.join(names[:3])} and more"]
+
+
+def layers_of(names: Iterable[str]) -> int:
+    """How many layers have tensors."""
+    found = (re.search(r"\blayer\.(\d+)\.", name) for name in names)
+    return len({one[1] for one in found if one})
+
+
 def abstract(config: EncoderConfig, dtype: DTypeLike) -> PretrainedModel:
     """The model with shapes and without arrays."""
     return nnx.eval_shape(lambda: MODELS[type(config)](config, dtype=dtype, rngs=nnx.Rngs(0)))
@@ -367,12 +470,15 @@ def shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
 
 def harmless(name: str, tensor: np.ndarray, model_type: str) -> str | None:
     """Why a tensor that the model has no place for changes no logit, or None."""
-    if name == f"{model_type}.embeddings.position_ids" and np.array_equal(
+    name = name.removeprefix(f"{model_type}.")
+    if name == "embeddings.position_ids" and np.array_equal(
         tensor.reshape(-1), np.arange(tensor.size)
     ):
         return "the positions 0, 1, 2, ... as a buffer, as transformers before 4.31 stored them"
-    if name in ("bert.pooler.dense.weight", "bert.pooler.dense.bias") and model_type == "bert":
+    if name in ("pooler.dense.weight", "pooler.dense.bias") and model_type == "bert":
         return "the pooler, for classifying whole texts: question answering does not use it"
+    if any(name.startswith(head) for head in PRETRAINING_HEADS[model_type]):
+        return "a head of pretraining: question answering does not use it"
     return None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flaxqa import files
-from flaxqa.config import AnswerOptions, ReaderOptions
+from flaxqa.config import AnswerOptions, ModelOptions, ReaderOptions
 from flaxqa.errors import DataError, GateNotMet, UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def ask(command: Ask) -> int:
     if (reason := features.why_unanswerable(example)) is not None:
         raise UsageError(reason)
     options = command.of(ReaderOptions) | {"devices": command.devices or 1}
-    loaded = reader.load(command.model, revision=command.revision, **options)
+    loaded = reader.load(**command.of(ModelOptions), **options)
     found = loaded.answer(command.question, context, **command.of(AnswerOptions))
     if found.question_cut:
         limit = features.question_limit(loaded.max_length, loaded.doc_stride)
@@ -84,7 +84,9 @@ def read_context(command: Ask) -> str:
 def write_export(command: Export) -> int:
     from flaxqa import checkpoint, export
 
-    loaded = checkpoint.load(command.model, revision=command.revision, dtype=command.dtype)
+    loaded = checkpoint.load(
+        command.model, revision=command.revision, weights_file=command.weights, dtype=command.dtype
+    )
     done = export.export(loaded.model, command.format, command.output, overwrite=command.overwrite)
     if sys.stdout.isatty():
         print(

@@ -22,6 +22,7 @@ from flaxqa.errors import UsageError, all_problems
 
 SHARD_SIZE = 10_000
 MAX_ANSWER_LENGTH = 30  # tokens
+ASCII = bytes(range(128))
 OWN = Path(__file__).with_name("configs")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -109,6 +110,9 @@ class ModelOptions(Options):
 
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+
+    weights: str | None = None
+    """Name of the checkpoint's file of weights, where it has another than the usual ones."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,7 +208,32 @@ class DataOptions(Options):
     """Branch, tag or commit of a hub data set."""
 
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What the columns id, question and context are called: id=qid context=passage."""
+    """What the columns id, question and context are called: id=qid context=passage; a column inside
+    another is input.question."""
+
+    encoding: str | None = None
+    """Of text files; UTF-8 when left out. cp1252 is that of Windows in Western Europe."""
+
+    delimiter: str | None = None
+    """What separates the columns of CSV files: one character, or tab; a comma when left out."""
+
+    def problems(self) -> list[str]:
+        """What cannot be, a sentence each."""
+        found = super().problems()
+        if self.delimiter is not None and len(self.delimiter) != 1 and self.delimiter != "tab":
+            found.append(f"delimiter is {self.delimiter!r}, it must be one character, or tab")
+        try:
+            ascii_too = ASCII.decode(self.encoding or "utf-8") == ASCII.decode()
+        except (LookupError, ValueError):
+            ascii_too = None
+        if ascii_too is None:
+            found.append(f"encoding is {self.encoding!r}, which Python does not know; cp1252, say")
+        elif not ascii_too:
+            found.append(
+                f"encoding {self.encoding!r} writes line ends in a way of its own; convert the "
+                f"files first: iconv -f {self.encoding} -t utf-8"
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,8 +245,8 @@ class PredictConfig(ReaderOptions, AnswerOptions, DataOptions, ModelOptions):
     SHARES: ClassVar[tuple[str, ...]] = ("max_errors",)
 
     input: tuple[str, ...]
-    """Files, folders, patterns (JSONL, CSV, Parquet, Arrow, SQuAD or MRQA JSON, .gz, .zst), what
-    save_to_disk wrote, or a hub data set."""
+    """Files, folders, patterns (JSONL, CSV, Parquet, Arrow, SQuAD or MRQA JSON; .gz, .zst, .xz,
+    .bz2), what save_to_disk wrote, a hub data set, or - for standard input."""
 
     output: str
     """Directory for the answers; made if missing. A run that was stopped goes on there."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import operator
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -253,7 +254,7 @@ def logits_of(config: EncoderConfig, weights: Mapping[str, Any], to: Operations)
         q, k, v = to.split(to.linear(x, **layer["qkv"]), 3)
         mixed = to.linear(to.attend(q, k, v, config.n_heads), **layer["out"])
         x = norm(to.add(x, mixed), layer["attention_norm"])
-        inner = to.activation(to.linear(x, **layer["lin1"]), config.activation)
+        inner = to.activation(to.linear(x, **layer["lin1"]), config.function)
         x = norm(to.add(x, to.linear(inner, **layer["lin2"])), layer["output_norm"])
     both = to.split(to.linear(x, **weights["qa_outputs"]), 2)
     return [to.output(x, name) for x, name in zip(both, OUTPUTS, strict=True)]
@@ -308,6 +309,10 @@ class OnnxOperations(Operations):
         return self.node("LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon)
 
     def activation(self, x: str, name: str) -> str:
+        if name == "silu":
+            return self.node("Mul", x, self.node("Sigmoid", x))
+        if name == "gelu_new":
+            return self.node("Gelu", x, approximate="tanh")
         return self.node({"gelu": "Gelu", "relu": "Relu"}[name], x)
 
     def split(self, x: str, parts: int) -> list[str]:
@@ -452,7 +457,11 @@ class TensorFlowOperations(Operations):
         return (x - mean) * self.tf.math.rsqrt(variance + epsilon) * scale + bias
 
     def activation(self, x: Any, name: str) -> Any:
-        return self.tf.nn.gelu(x) if name == "gelu" else self.tf.nn.relu(x)
+        functions = {
+            "gelu": self.tf.nn.gelu, "relu": self.tf.nn.relu, "silu": self.tf.nn.silu,
+            "gelu_new": functools.partial(self.tf.nn.gelu, approximate=True),
+        }  # fmt: skip
+        return functions[name](x)
 
     def split(self, x: Any, parts: int) -> Sequence[Any]:
         return self.tf.split(x, parts, axis=-1)

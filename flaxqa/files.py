@@ -36,6 +36,19 @@ def local(name: str | Path) -> Path:
     return path
 
 
+def stands_in(start: bytes) -> str | None:
+    """What a file is that stands in the place of the one that was meant, and the way out.
+
+    Args:
+      start: its first 64 bytes or more.
+    """
+    if start.startswith(b"version https://git-lfs.github.com/"):
+        return "is a pointer of Git LFS and not the file itself; `git lfs pull` there fetches it"
+    if re.match(rb"\s*<(!doctype\s+)?html", start, re.IGNORECASE):
+        return "is an HTML page, as servers send for an error or a login; fetch the file again"
+    return None
+
+
 def read_named(name: str | Path) -> bytes:
     """The content of a file that the user named, or of a pipe that this process was given.
 

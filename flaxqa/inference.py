@@ -110,8 +110,8 @@ def forward(
         x += weights["token_type_embeddings"][row.token_types].astype(sums)
     x += weights["position_embeddings"][row.positions].astype(sums)
 
-    activation = ACTIVATIONS[config.activation]
-    if short and config.activation == "gelu":
+    activation = ACTIVATIONS[config.function]
+    if short and config.function == "gelu":
         activation = short_gelu
 
     def norm(x: Array, layer: Weights) -> Array:

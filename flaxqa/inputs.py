@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import codecs
 import dataclasses
 import functools
 import glob
 import hashlib
 import json
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from flaxqa.config import DataOptions
 from flaxqa.errors import TryAgain, UsageError, all_problems
-from flaxqa.files import local, state_of
+from flaxqa.files import local, stands_in, state_of
 from flaxqa.rows import Input
 from flaxqa.text import kind_of_lines
 
@@ -28,45 +34,51 @@ SUFFIXES = {
 }
 BINARY = ("parquet", "arrow")  # which are compressed inside
 METADATA = ("state.json", "dataset_info.json", "dataset_dict.json")  # of save_to_disk
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bz2"}
+STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 
 
 def find(
     names: Sequence[str],
     *,
-    format: str = "auto",
+    options: DataOptions | None = None,
     split: str = "train",
-    config: str | None = None,
-    revision: str | None = None,
+    unnamed: str | None = None,
 ) -> list[Input]:
     """The inputs that names stand for: files, folders, patterns, or data sets.
 
     Args:
       names: a folder stands for all files below it of a known kind, in the order of their paths,
         hidden ones left out; so does a pattern with `*`, `?` or `[`. A folder that `save_to_disk`
-        of `datasets` wrote is that data set. What is not here is a data set of the hub.
-      format: "auto" goes by the name; otherwise what all files are.
-      split: of a data set that has several.
-      config: of a hub data set.
-      revision: of a hub data set.
+        of `datasets` wrote is that data set. Standard input (`-`) and pipes are copied to a file
+        that is there until this process ends. What is not here is a data set of the hub.
+      options: how they are read.
+      split: of a data set that has several, where the options name none.
+      unnamed: what a file is whose name tells no format; None to refuse it.
 
     Raises:
       UsageError: a name stands for nothing, a file's kind is not known, or one is named twice.
     """
-    finder = Finder(format, split)
+    options = options or DataOptions()
+    finder = Finder(options, options.split or split, unnamed)
     for name in names:
         path = local(name)
-        if path.is_dir():
+        if name in STDIN or path.is_fifo():
+            finder.take_pipe(name)
+        elif path.is_dir():
             finder.take_folder(path, name)
         elif path.is_file():
             finder.take(path, path.name)
         elif path.exists():
-            finder.problems.append(f"{name} is no file: a FIFO, a device or a socket")
+            finder.problems.append(f"{name} is no file: a device or a socket")
         elif glob.has_magic(name):
             finder.take_pattern(name)
         elif looks_like_a_hub_id(name):
-            one = Input(name, name, "hub", sha256=revision, split=split, config=config)
-            finder.found.append(one)
+            finder.found.append(
+                Input(name, name, "hub", sha256=options.data_revision, split=finder.split,
+                      config=options.data_config)
+            )  # fmt: skip
         else:
             finder.problems.append(f"{name} is missing")
     return finder.result()
@@ -79,8 +91,8 @@ class Finder:
       named: of each path what the user would write.
     """
 
-    def __init__(self, format: str, split: str):
-        self.format, self.split = format, split
+    def __init__(self, options: DataOptions, split: str, unnamed: str | None):
+        self.options, self.split, self.unnamed = options, split, unnamed
         self.found: list[Input] = []
         self.named: dict[str, str] = {}
         self.problems: list[str] = []
@@ -88,10 +100,38 @@ class Finder:
     def take(self, path: Path, name: str) -> None:
         """A file."""
         try:
-            self.found.append(file_input(path, name, self.format))
+            self.found.append(file_input(path, name, self.options, self.unnamed))
             self.named[self.found[-1].path] = path.as_posix()
         except UsageError as error:
             self.problems.append(str(error))
+
+    def take_pipe(self, name: str) -> None:
+        """Standard input or a FIFO, which can be read but once: as a file."""
+        path = Path(spool(), f"{len(self.found)}-stdin")
+        try:
+            if name in STDIN:
+                if sys.stdin is None or sys.stdin.isatty():
+                    raise UsageError(f"{name}: nothing is piped into standard input")
+                with path.open("wb") as file:
+                    shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+            else:
+                with open(name, "rb") as pipe, path.open("wb") as file:
+                    shutil.copyfileobj(pipe, file, 1 << 20)
+        except UsageError as error:
+            self.problems.append(str(error))
+            return
+        except OSError as error:
+            raise TryAgain(f"{name} cannot be read: {error}") from error
+        kind = self.options.input_format if self.options.input_format != "auto" else self.unnamed
+        if kind is None:
+            self.problems.append(f"{name} has no name that tells a format; give --input-format")
+            return
+        start = start_of(path)
+        called = "stdin" if name in STDIN else name
+        self.found.append(
+            Input(str(path), called, kind, compression_of(start), self.options.encoding,
+                  delimiter_of(self.options))
+        )  # fmt: skip
 
     def take_folder(self, path: Path, name: str) -> None:
         """All files of a folder, or the data set that it is."""
@@ -208,10 +248,11 @@ def kind_of(path: Path) -> tuple[str | None, str | None]:
     return SUFFIXES.get(suffixes[-1]) if suffixes else None, compression
 
 
-def file_input(path: Path, name: str, format: str) -> Input:
+def file_input(path: Path, name: str, options: DataOptions, unnamed: str | None) -> Input:
     kind, compression = kind_of(path)
-    if format != "auto":
-        kind = format
+    kind = kind or unnamed
+    if options.input_format != "auto":
+        kind = options.input_format
     if kind is None:
         raise UsageError(
             f"{path}: its name tells no format; those are {', '.join(SUFFIXES)}, also with "
@@ -219,7 +260,52 @@ def file_input(path: Path, name: str, format: str) -> Input:
         )
     if kind in BINARY and compression is not None:
         raise UsageError(f"{path}: {kind.capitalize()} is compressed inside, not as a whole")
-    return Input(str(path.resolve()), name, kind, compression)
+    return Input(
+        str(path.resolve()), name, kind, compression, options.encoding, delimiter_of(options)
+    )
+
+
+def delimiter_of(options: DataOptions) -> str | None:
+    return "\t" if options.delimiter == "tab" else options.delimiter
+
+
+@functools.cache
+def spool() -> str:
+    """A folder for what can be read but once; removed when this process ends."""
+    folder = tempfile.mkdtemp(prefix="flaxqa-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def start_of(path: str | Path) -> bytes:
+    """The first bytes of a file.
+
+    Raises:
+      TryAgain: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read(256)
+    except OSError as error:
+        raise TryAgain(f"{path} cannot be read: {error.strerror}") from error
+
+
+def compression_of(start: bytes) -> str | None:
+    return next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
+
+
+def refuse_stand_in(one: Input) -> None:
+    """Raises: UsageError: a file is not what its name says, so that every record would be bad."""
+    start = start_of(one.path)
+    reason = stands_in(start)
+    if one.format not in BINARY and one.compression is None:
+        if (kind := compression_of(start)) is not None:
+            suffix = next(each for each, name in COMPRESSIONS.items() if name == kind)
+            reason = f"is compressed by {kind}, which its name does not tell; call it ...{suffix}"
+        elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            reason = "is UTF-16; convert it: iconv -f utf-16 -t utf-8"
+    if reason is not None:
+        raise UsageError(f"{one.path} {reason}")
 
 
 def looks_like_a_hub_id(name: str) -> bool:
@@ -234,6 +320,7 @@ def identified(one: Input) -> Input:
     """The input with what tells it from others: a file's hash, a data set's commit."""
     if one.format == "hub":
         return hub_commit(one)
+    refuse_stand_in(one)
     state = state_of(one.path)
     if state is None:
         raise TryAgain(f"{one.path} cannot be read")

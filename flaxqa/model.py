@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -41,7 +42,13 @@ LAYER_NORM_EPS = 1e-12  # BERT's value; Flax defaults to 1e-6 and PyTorch to 1e-
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),  # BERT's is the erf form
     "relu": jax.nn.relu,
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),  # by tanh, as GPT-2's
+    "silu": jax.nn.silu,
 }
+# Other names that transformers has for the same functions. gelu_fast has 0.7978845608 in the place
+# of the root of 2 / pi, which is as near as four in a trillion.
+SAME_ACTIVATIONS = {"gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new",
+                    "swish": "silu"}  # fmt: skip
 LIMITS = {  # generous, and small enough that building the abstract model stays cheap
     "vocab_size": 5_000_000,
     "max_position_embeddings": 1_000_000,
@@ -95,10 +102,10 @@ class EncoderConfig:
                 f"{called['dim']} {self.dim} is not a multiple of {called['n_heads']} "
                 f"{self.n_heads}"
             )
-        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
-            known = " or ".join(map(repr, ACTIVATIONS))
+        if not isinstance(self.activation, str) or self.function not in ACTIVATIONS:
+            known = ", ".join((*ACTIVATIONS, *SAME_ACTIVATIONS))
             problems.append(
-                f"{called['activation']} is {self.activation!r}, only {known} is computed"
+                f"{called['activation']} is {self.activation!r}, only {known} are computed"
             )
         if not problems and not (
             type(self.pad_token_id) is int and 0 <= self.pad_token_id < self.vocab_size
@@ -119,6 +126,11 @@ class EncoderConfig:
         if problems:
             raise ModelRejected(all_problems("the config cannot be used", problems))
 
+    @property
+    def function(self) -> str:
+        """The activation under its name in ACTIVATIONS."""
+        return SAME_ACTIVATIONS.get(self.activation, self.activation)
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """The fields above out of a whole `config.json`; its other fields change no logit.
@@ -129,7 +141,7 @@ class EncoderConfig:
         """
         fields = {field.name: field for field in dataclasses.fields(cls) if field.name in cls.NAMES}
         problems = []
-        if (model_type := config.get("model_type")) != cls.model_type:
+        if (model_type := config.get("model_type", cls.model_type)) != cls.model_type:
             problems.append(f"model_type is {model_type!r}, it must be {cls.model_type!r}")
         problems += [
             f"{cls.NAMES[name]} is missing"
@@ -194,9 +206,23 @@ CONFIGS: dict[str, type[EncoderConfig]] = {
 }
 
 
+def type_by_names(config: Mapping[str, Any]) -> str | None:
+    """The model type of a `config.json` of 2019, which does not name it, as far as it tells.
+
+    By the class in `architectures`, or else by what only DistilBERT calls its fields. Many families
+    have BERT's names, so those alone tell nothing.
+    """
+    classes = config.get("architectures")
+    for name in classes if isinstance(classes, list) else ():
+        if found := re.match(r"(?:TF|Flax)?(DistilBert|Bert)(?:For|Model)", str(name)):
+            return found[1].lower()
+        return None
+    return "distilbert" if {"dim", "n_heads", "n_layers", "hidden_dim"} <= config.keys() else None
+
+
 def read_config(config: Mapping[str, Any]) -> EncoderConfig:
     """The config that the `model_type` of a whole `config.json` asks for; see `from_dict`."""
-    model_type = config.get("model_type")
+    model_type = config["model_type"] if "model_type" in config else type_by_names(config)
     if not isinstance(model_type, str) or model_type not in CONFIGS:
         raise ModelRejected(
             f"model_type is {model_type!r}, only {' and '.join(map(repr, CONFIGS))} are computed"
@@ -342,7 +368,7 @@ class Attention(nnx.Module):
 
 class FeedForward(nnx.Module):
     def __init__(self, config: EncoderConfig, make: Layers):
-        self.activation = config.activation
+        self.activation = config.function
         self.lin1 = make.linear(config.dim, config.hidden_dim)
         self.lin2 = make.linear(config.hidden_dim, config.dim)
 

@@ -123,7 +123,13 @@ class Ahead:
 
 
 @takes(ReaderOptions)
-def load(model: str | Path, *, revision: str | None = None, **options: Any) -> Reader:
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    weights: str | None = None,
+    **options: Any,
+) -> Reader:
     """A reader of a DistilBERT or BERT question-answering checkpoint.
 
     Compiled code is kept in JAX's cache (see `flaxqa.devices.use_compilation_cache`), so a later
@@ -132,6 +138,7 @@ def load(model: str | Path, *, revision: str | None = None, **options: Any) -> R
     Args:
       model: a directory, or a hub id such as `distilbert/distilbert-base-uncased-distilled-squad`.
       revision: branch, tag or commit of a hub model.
+      weights: name of the checkpoint's file of weights, where it has another than the usual ones.
       **options: those of `flaxqa.config.ReaderOptions`. `dtype` may also be "float64", under
         `jax.enable_x64`, or a dtype of JAX; `devices` also a list of devices.
 
@@ -145,7 +152,13 @@ def load(model: str | Path, *, revision: str | None = None, **options: Any) -> R
     dtype: Any = chosen.dtype
     if isinstance(dtype, str) and dtype == "auto":
         dtype = default_dtype(chosen.devices)
-    return Reader(checkpoint.load(model, revision=revision, dtype=dtype), **options)
+    loaded = checkpoint.load(model, revision=revision, weights_file=weights, dtype=dtype)
+    return Reader(loaded, **options)
+
+
+def restored(name: str, revision: str | None, weights: str, options: dict[str, Any]) -> Reader:
+    """The reader that was pickled; see `Reader.__reduce__`."""
+    return load(name, revision=revision, weights=weights, **options)
 
 
 class Reader:
@@ -162,7 +175,7 @@ class Reader:
     @takes(ReaderOptions)
     def __init__(self, loaded: Checkpoint, **options: Any):
         """Takes the options of `flaxqa.config.ReaderOptions`; the dtype is the checkpoint's."""
-        chosen = ReaderOptions(**options)
+        self.options = chosen = ReaderOptions(**options)
         max_length, doc_stride, windows = chosen.max_length, chosen.doc_stride, chosen.windows
         check_integers(doc_stride=doc_stride)
         if max_length is None:
@@ -175,6 +188,14 @@ class Reader:
         self.predictor = predict.Predictor(
             loaded.model, max_length=max_length, **chosen.of(DeviceOptions)
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the checkpoint's name and the options: who unpickles it loads it anew."""
+        options = {**vars(self.options), "dtype": str(self.checkpoint.model.dtype)}
+        if not isinstance(options["devices"], int | None):
+            raise TypeError("a reader on a list of devices cannot be pickled; give their number")
+        loaded = self.checkpoint
+        return restored, (loaded.name, loaded.commit, loaded.weights_file, options)
 
     def __repr__(self) -> str:
         config = self.checkpoint.config

@@ -22,7 +22,7 @@ from flaxqa.errors import DataError, TryAgain, UsageError, all_problems
 from flaxqa.features import Example
 from flaxqa.files import state_of
 from flaxqa.inputs import identified, unchanged
-from flaxqa.rows import Input, Row, Run, Source, kind_name
+from flaxqa.rows import MISSING, Input, Row, Run, Source, has_column, kind_name, value_at
 from flaxqa.sources import source_of
 
 KEYS = ("id", "question", "context")
@@ -104,13 +104,17 @@ class Plan:
         """Whether it was made of the same: the same files by name and content."""
         if (shard_size, unique_ids) != (self.shard_size, self.unique_ids):
             return False
-        asked = [(one.path, one.name, one.split, one.config) for one in inputs]
-        had = [(one.path, one.name, one.split, one.config) for one in self.inputs]
+        names = ("path", "name", "compression", "encoding", "delimiter", "split", "config")
+        asked, had = (
+            [[getattr(one, name) for name in names] for one in each]
+            for each in (inputs, self.inputs)
+        )
         return asked == had and all(map(unchanged, self.inputs))
 
     def identity(self) -> list[dict[str, Any]]:
         """What the input is, wherever it lies and whenever it was written."""
-        kept = ("name", "format", "compression", "size", "sha256", "split", "config", "records")
+        kept = ("name", "format", "compression", "encoding", "delimiter", "size", "sha256", "split",
+                "config", "records")  # fmt: skip
         return [{name: getattr(one, name) for name in kept} for one in self.inputs]
 
 
@@ -184,13 +188,13 @@ def column_problems(source: Source, columns: Columns) -> tuple[list[str], bool]:
     if there:
         twice = sorted({each for each in there if there.count(each) > 1})
         problems = [f"{name} has the column {each!r} twice" for each in twice]
-        missing = [each for each in columns.needed() if each not in there]
-        told = f"it has {', '.join(there)}"
+        missing = [each for each in columns.needed() if not has_column(there, each)]
+        told = f"it has {', '.join(there)}{source.hint()}"
         problems += [f"{name} has no column {each!r}; {told}" for each in missing]
         return problems, not missing
     if there is not None:
         return [], True
-    never = never_there(source, columns.chosen())
+    never = never_there(source, columns)
     return [
         f"none of the first {SAMPLED} records of {name} has the column {each!r}" for each in never
     ], True
@@ -244,13 +248,25 @@ def digest_of(made: Any) -> str:
 NOTHING = new_digest().digest()
 
 
-def never_there(source: Source, names: Sequence[str]) -> list[str]:
-    """Those of the names that no record at the beginning of an input has."""
-    left = set(names)
-    if left:
-        for row in itertools.islice(source.rows(0, 1), SAMPLED):
-            left -= (row.fields or {}).keys()
-    return [name for name in names if name in left]
+def never_there(source: Source, columns: Columns) -> list[str]:
+    """The columns that no record at the beginning of an input has.
+
+    Those of the usual names count only where there are many records, for a record without one is
+    set aside, and that is no reason to stop.
+    """
+    sample = list(itertools.islice(source.rows(0, 1), SAMPLED))
+    readable = [row.fields for row in sample if row.fields is not None]
+    names = columns.needed()
+    if not readable or len(sample) < SAMPLED:
+        usual = Columns()
+        names = tuple(
+            name for name in names if readable or name in columns.chosen()
+            if name not in (usual.question, usual.context)
+        )  # fmt: skip
+    return [
+        name for name in names
+        if not any(value_at(fields, name, MISSING) is not MISSING for fields in readable)
+    ]  # fmt: skip
 
 
 def common_types(types: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | None:
@@ -377,7 +393,7 @@ def rows_of(
 
 def id_of(row: Row, columns: Columns) -> str | Exception | None:
     """The id of a record; its place where it has none; an error for what cannot be one."""
-    value = (row.fields or {}).get(columns.id)
+    value = value_at(row.fields or {}, columns.id)
     if value is None:
         return f"{row.file}:{row.line}"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -397,17 +413,21 @@ def example_of(row: Row, columns: Columns, *, max_context_chars: int | None) -> 
     fields = row.fields
     if row.reason is not None or fields is None:
         return row.reason or "the record is empty"
-    question, context = fields.get(columns.question), fields.get(columns.context)
+    question, context = (
+        value_at(fields, name, MISSING) for name in (columns.question, columns.context)
+    )
     if not (isinstance(question, str) and isinstance(context, str)):
-        name = columns.context if isinstance(question, str) else columns.question
-        if name not in fields:
+        name, value = columns.context, context
+        if not isinstance(question, str):
+            name, value = columns.question, question
+        if value is MISSING:
             return f"the record has no column {name!r}"
-        return f"the column {name!r} is {kind_name(fields[name])}, not a string"
+        return f"the column {name!r} is {kind_name(value)}, not a string"
     identity = id_of(row, columns)
     if isinstance(identity, Exception):
         return str(identity)
     for name in (columns.id, *columns.keep):
-        value = identity if name == columns.id else fields.get(name)
+        value = identity if name == columns.id else value_at(fields, name)
         if isinstance(value, str) and (at := features.lone_surrogate(value)) is not None:
             return f"the column {name!r} has a lone surrogate at character {at}"
     if max_context_chars is not None and (size := len(context)) > max_context_chars:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flaxqa.errors import TryAgain
@@ -85,7 +85,9 @@ class Input:
       path: of a file, absolute; the id of a data set.
       name: how outputs call it: its path below what the user named.
       format: a key of SOURCES.
-      compression: of `records.COMPRESSIONS`, or None.
+      compression: of `inputs.COMPRESSIONS`, or None.
+      encoding: of a text file; None for UTF-8.
+      delimiter: of a CSV file's columns; None for the usual one.
       state: of a file, what changes with it: size, inode, and the times of its last changes.
       size: bytes.
       sha256: of a file's bytes; the commit of a data set.
@@ -98,6 +100,8 @@ class Input:
     name: str
     format: str
     compression: str | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
     state: tuple[int, ...] = ()
     size: int = 0
     sha256: str | None = None
@@ -134,6 +138,17 @@ class Source(abc.ABC):
         """The names of its columns, where all records have the same."""
         return None
 
+    def read_of(self, names: Sequence[str]) -> list[str]:
+        """Those of a table's columns that are read."""
+        if self.wanted is None:
+            return list(names)
+        wanted = [f"{each}." for each in self.wanted]
+        return [name for name in names if any(each.startswith(f"{name}.") for each in wanted)]
+
+    def hint(self) -> str:
+        """What may be the cause where a column is missing, to be added to a message."""
+        return ""
+
     def types(self) -> Mapping[str, Any]:
         """The Arrow type of each column, where they have some."""
         return {}
@@ -148,6 +163,34 @@ class Source(abc.ABC):
         """What stands for all that cannot be read from there on."""
         reason = f"the file cannot be read from here on: {error}"
         return Row(self.input.name, line, offset, None, None, reason)
+
+
+def has_column(names: Collection[str], name: str) -> bool:
+    """Whether a column is among some, or may be inside one of them: input.question in input."""
+    parts = name.split(".")
+    return any(".".join(parts[:size]) in names for size in range(len(parts), 0, -1))
+
+
+MISSING = object()
+
+
+def value_at(fields: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """The value of a column, or of one inside another: input.question is {"input": {"question"}}.
+
+    A column that is called so itself comes first.
+    """
+    if name in fields:
+        return fields[name]
+    parts = name.split(".")
+    for size in range(len(parts) - 1, 0, -1):
+        inner: Any = fields.get(".".join(parts[:size]))
+        if hasattr(inner, "as_py"):  # a structure of Arrow
+            inner = inner.as_py()
+        if isinstance(inner, Mapping):
+            found = value_at(inner, ".".join(parts[size:]), MISSING)
+            if found is not MISSING:
+                return found
+    return default
 
 
 def plain_value(value: Any) -> Any:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flaxqa.errors import DataError, TryAgain
 from flaxqa.rows import Input, Row, Run, Source, kind_name
-from flaxqa.text import Csv, JsonLines, Mrqa
+from flaxqa.text import Csv, JsonLines, Mrqa, decompressed, not_in
 
 ROWS_AT_ONCE = 1_024
 
@@ -52,8 +54,8 @@ class Parquet(Source):
     def group(self, group: int, size: int, skip: int, before: int) -> Iterator[Row]:
         """The rows of a row group from `skip` on; `before` counts those of the groups before."""
         at, names, problem = 0, self.columns(), "it is missing"
-        if self.wanted is not None and names is not None:
-            names = [name for name in names if name in self.wanted]
+        if names is not None:
+            names = self.read_of(names)
         try:
             batches = self.file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=names)
             for batch in batches:
@@ -155,8 +157,7 @@ class Arrow(Source):
         try:
             for batch in self.batches():
                 if before + len(batch) > start:
-                    names = [name for name in batch.schema.names
-                             if self.wanted is None or name in self.wanted]  # fmt: skip
+                    names = self.read_of(batch.schema.names)
                     skip = max(start - before, 0)
                     part = batch.select(names).slice(skip)
                     for number, (fields, reason) in enumerate(fields_of(part), before + skip + 1):
@@ -198,13 +199,12 @@ class Document(Source):
             if self.input.sha256 not in (None, hashlib.sha256(raw).hexdigest()):
                 raise DataError(f"{self.input.path} has changed since the run began")
             if self.input.compression is not None:
-                import pyarrow as pa
-
-                with pa.input_stream(pa.py_buffer(raw), compression=self.input.compression) as file:
-                    raw = file.read()
-            return json.loads(raw.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            return Damage(f"the file is not UTF-8: {error}")
+                raw = decompressed(io.BytesIO(raw), self.input.compression).read()
+            encoding = self.input.encoding or "utf-8"
+            content = raw.removeprefix(codecs.BOM_UTF8)
+            return json.loads(content.decode(encoding))
+        except UnicodeDecodeError:
+            return Damage(not_in(encoding, content, "file"))
         except (OSError, EOFError, ValueError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise

@@ -1,7 +1,7 @@
 """Records in text: JSON lines, CSV and TSV, MRQA's lines.
 
-Blank lines are no records. A compressed file (.gz, .zst) can only be read from its beginning, so
-several processes share many small ones better than a large one.
+Blank lines are no records. A compressed file (.gz, .zst, .xz, .bz2) can only be read from its
+beginning, so several processes share many small ones better than a large one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import csv
 import functools
 import io
 import json
+import lzma
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
@@ -21,11 +23,23 @@ from flaxqa.rows import Input, Row, Run, Source, kind_name
 LONGEST_LINE = 16 << 20  # bytes; a longer one is a record that cannot be read
 BLOCK = 1 << 20
 PIECE = 4_096
+ESCAPED = re.compile("[\udc80-\udcff]")  # what stands for bytes that could not be decoded
+# Of CSV, as they are written on a command line.
+DELIMITERS = {",": ",", "\t": "tab", ";": "';'", "|": "'|'"}
 csv.field_size_limit(LONGEST_LINE)
 
 
+def decompressed(file: Any, compression: str) -> IO[bytes]:
+    """The content of a compressed file, from its beginning."""
+    if compression == "xz":
+        return io.BufferedReader(Pieces(lzma.LZMAFile(file)), BLOCK)
+    import pyarrow as pa
+
+    return io.BufferedReader(Pieces(pa.CompressedInputStream(file, compression)), BLOCK)
+
+
 class Pieces(io.RawIOBase):
-    """A stream of pyarrow in small pieces: of one that is damaged it gives nothing."""
+    """A stream in small pieces: pyarrow's gives nothing of one that is damaged."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -34,7 +48,10 @@ class Pieces(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        piece = self.stream.read(min(len(buffer), PIECE))
+        try:
+            piece = self.stream.read(min(len(buffer), PIECE))
+        except lzma.LZMAError as error:
+            raise ValueError(str(error)) from error
         buffer[: len(piece)] = piece
         return len(piece)
 
@@ -55,6 +72,7 @@ class Lines(Source):
         super().__init__(input, wanted)
         self.stream: IO[bytes] | None = None  # of a compressed file, where the last reader left it
         self.at = 0
+        self.encoding = input.encoding or "utf-8"
 
     def open(self, start: int) -> IO[bytes]:
         """The content from a byte on."""
@@ -65,8 +83,8 @@ class Lines(Source):
         if self.stream is None or self.at > start:
             import pyarrow as pa
 
-            raw = pa.input_stream(self.input.path, compression=self.input.compression)
-            self.stream, self.at = io.BufferedReader(Pieces(raw), BLOCK), 0
+            raw = pa.OSFile(self.input.path)
+            self.stream, self.at = decompressed(raw, self.input.compression), 0
         while self.at < start and (block := self.stream.read(min(BLOCK, start - self.at))):
             self.at += len(block)
         return self.stream
@@ -109,18 +127,33 @@ class JsonLines(Lines):
             if reason is None:
                 if one.content.isspace():
                     continue
-                fields, reason = parsed(one.content, first=one.offset == 0)
+                fields, reason = parsed(one.content, self.encoding, first=one.offset == 0)
             yield Row(self.input.name, one.number, one.offset, one.content, fields, reason)
 
 
-def parsed(content: bytes, *, first: bool = False) -> tuple[Mapping[str, Any] | None, str | None]:
+def not_in(encoding: str, content: bytes, what: str) -> str:
+    """Where bytes are not in an encoding, and the way out; they must not be."""
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError as error:
+        at = error.start
+    other = "cp1252" if encoding == "utf-8" else "utf-8"
+    return (
+        f"byte {at} of the {what}, 0x{content[at]:02X}, is not {encoding.upper()}; if the file has "
+        f"another encoding, name it: --encoding {other}"
+    )
+
+
+def parsed(
+    content: bytes, encoding: str = "utf-8", *, first: bool = False
+) -> tuple[Mapping[str, Any] | None, str | None]:
     """The object that a line has, or why it has none."""
     if first:
         content = content.removeprefix(codecs.BOM_UTF8)
     try:
-        fields = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return None, f"byte {error.start} of the line is not UTF-8"
+        fields = json.loads(content.decode(encoding))
+    except UnicodeDecodeError:
+        return None, not_in(encoding, content, "line")
     except RecursionError:
         return None, "the line is nested too deep"
     except ValueError as error:
@@ -135,7 +168,7 @@ class Csv(Lines):
 
     def __init__(self, input: Input, wanted: Sequence[str] | None = None):
         super().__init__(input, wanted)
-        self.delimiter = "\t" if input.format == "tsv" else ","
+        self.delimiter = input.delimiter or ("\t" if input.format == "tsv" else ",")
 
     def places(self) -> Iterator[Run]:
         for row in self.rows(0, 1):
@@ -173,7 +206,7 @@ class Csv(Lines):
                 content = line.content
                 if line.offset == 0:
                     content = content.removeprefix(codecs.BOM_UTF8)
-                yield content.decode("utf-8", "surrogateescape")
+                yield content.decode(self.encoding, "surrogateescape")
 
         while True:
             # A new reader for each record, as one that failed keeps what it had read.
@@ -203,10 +236,20 @@ class Csv(Lines):
                 reason = f"the row has {len(columns)} fields, the header {len(header)}"
             elif columns is not None:
                 fields = dict(zip(header, columns, strict=True))
+                wanted = fields if self.wanted is None else self.wanted
+                if any(ESCAPED.search(fields.get(name, "")) for name in wanted):
+                    fields, reason = None, not_in(self.encoding, raw, "record")
             yield Row(self.input.name, first.number, first.offset, raw, fields, reason)
 
     def columns(self) -> list[str] | None:
         return self.header
+
+    def hint(self) -> str:
+        counts = {each: "".join(self.header).count(each) for each in DELIMITERS}
+        likely = max(counts, key=lambda each: counts[each])
+        if len(self.header) > 1 or not counts[likely]:
+            return ""
+        return f"; if {likely!r} separates its columns: --delimiter {DELIMITERS[likely]}"
 
 
 class Mrqa(Lines):
@@ -236,7 +279,7 @@ class Mrqa(Lines):
                 continue
             fields, reason = None, one.reason
             if reason is None:
-                fields, reason = parsed(one.content, first=one.offset == 0)
+                fields, reason = parsed(one.content, self.encoding, first=one.offset == 0)
             row = Row(self.input.name, one.number, one.offset, one.content, fields, reason)
             if fields is None:
                 yield row

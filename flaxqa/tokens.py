@@ -16,6 +16,7 @@ from flaxqa import weights
 from flaxqa.errors import ModelRejected, all_problems
 
 VOCABULARY_LIMIT = 8 << 20  # bytes; that of BERT for a hundred languages has 1 MB
+SPARE_ROWS = 1_024  # of an embedding table, past the tokens
 # Settings of tokenizer_config.json, and what the tokenizer calls them.
 NORMALIZER = {
     "do_lower_case": "lowercase",
@@ -314,12 +315,14 @@ def bert_tokenizer(
 def tokenizer_problems(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> list[str]:
     """What would make the tokenizer's ids mean something else to the model; empty when all is well.
 
-    An id past the embedding table is no error to a device: it reads NaN or the last row.
+    An id past the embedding table is no error to a device: it reads NaN or the last row. More rows
+    than tokens are well: tables are padded to a multiple of 8 or 64 for speed, and no id asks for
+    the rows that were added. Above SPARE_ROWS of them it is the tokenizer of another model, or cut.
     """
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     needed = ("[UNK]", "[CLS]", "[SEP]")
     problems = [f"it has no {token}" for token in needed if token not in vocab]
-    if len(vocab) != vocab_size:
+    if len(vocab) > vocab_size or vocab_size - len(vocab) > SPARE_ROWS:
         problems.append(f"it has {len(vocab)} tokens, the config has vocab_size {vocab_size}")
     elif max(vocab.values()) >= vocab_size:
         problems.append(f"its largest id is {max(vocab.values())}, past the vocabulary")

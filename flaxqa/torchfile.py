@@ -114,8 +114,8 @@ def legacy_tensors(file: BinaryIO) -> dict[str, np.ndarray]:
         raise ValueError("it has neither of PyTorch's two layouts")
     if interpret(file).get("little_endian") is not True:
         raise ValueError("its numbers are not little-endian")
-    views = tensor_views(interpret(file))
-    storages = {view.storage.key: view.storage for view in views.values()}
+    machine = Machine()
+    views, storages = tensor_views(interpret(file, machine)), machine.storages
     flats = {}
     for key in interpret(file):
         if type(key) is not str or key not in storages:
@@ -134,12 +134,15 @@ def flat_array(storage: Storage, data: bytes) -> np.ndarray:
     return np.frombuffer(data, storage.dtype)
 
 
-def tensor_views(state_dict: Any) -> dict[str, View]:
-    if not isinstance(state_dict, dict):
+def tensor_views(content: Any) -> dict[str, View]:
+    """The tensors of a state dict, or of the one that training left in it as `state_dict`."""
+    if not isinstance(content, dict):
         raise ValueError("it does not hold a dict of tensors")
+    inner = content.get("state_dict")
+    state_dict: dict[str, Any] = inner if isinstance(inner, dict) else content
     for name, value in state_dict.items():
-        if not isinstance(value, View):
-            raise ValueError(f"its entry {name[:200]!r} is not a tensor")
+        if not (type(name) is str and isinstance(value, View)):
+            raise ValueError(f"its entry {str(name)[:200]!r} is not a tensor")
     return state_dict
 
 
@@ -147,13 +150,18 @@ class Machine:
     """Interprets a pickle, as far as it is made of plain data and tensors.
 
     Knows the opcodes that state dicts consist of, and no other. Its values are neither hashed nor
-    printed unless they are strings: a hundred bytes can build a tuple that holds itself 2^40 times.
+    printed unless they are strings or integers: a hundred bytes can build a tuple that holds itself
+    2^40 times.
+
+    Attributes:
+      storages: those that the pickle names, by key.
     """
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.storages: dict[str, Storage] = {}
 
     def above_mark(self) -> list[Any]:
         at = self.marks.pop()
@@ -165,8 +173,8 @@ class Machine:
         target = self.stack[-1]
         if not isinstance(target, dict):
             raise ValueError("the pickle fills something that is not a dict")
-        if not all(type(key) is str for key in items[::2]):
-            raise ValueError("the pickle has a dict whose keys are not strings")
+        if not all(type(key) in (str, int) for key in items[::2]):  # an optimizer numbers its own
+            raise ValueError("the pickle has a dict whose keys are neither strings nor integers")
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def put(self, name: str, argument: Any) -> bool:
@@ -234,7 +242,9 @@ class Machine:
                     raise ValueError("its pickle asks for something that has no name")
                 stack.append(known_global(module, name))
             case "BINPERSID":
-                stack.append(storage_of(stack.pop()))
+                storage = storage_of(stack.pop())
+                self.storages[storage.key] = storage
+                stack.append(storage)
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(call(function, arguments))
@@ -246,9 +256,9 @@ class Machine:
                 raise ValueError(f"its pickle has the opcode {name}, which no state dict needs")
 
 
-def interpret(file: BinaryIO) -> Any:
+def interpret(file: BinaryIO, machine: Machine | None = None) -> Any:
     """The value of the next pickle in the file; see `Machine`."""
-    machine, begin = Machine(), file.tell()
+    machine, begin = machine or Machine(), file.tell()
     operations: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]] = pickletools.genops(file)
     for opcode, argument, position in operations:
         if (position or 0) - begin > PICKLE_LIMIT:
@@ -266,6 +276,12 @@ def known_global(module: str, name: str) -> Global:
         or (module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"))
         or (module == "torch" and name in TORCH_DTYPES)
     )
+    if not known and module.startswith(("transformers.models.", "torch.nn.modules", "__main__")):
+        raise ValueError(
+            f"it holds a whole pickled model, of the class {module}.{name}, and such files can run "
+            "any code; nothing was executed. Where you trust it, load it with PyTorch and save "
+            "`model.state_dict()`, or `model.save_pretrained(directory)`"
+        )
     if not known:
         raise ValueError(f"its pickle asks for {module}.{name}; nothing was executed")
     return Global(module, name)

@@ -1,5 +1,7 @@
 """The weight files of a checkpoint: four formats in, one mapping of torch names to arrays out.
 
+A file that stands in the place of another (a pointer of Git LFS, an HTML page) is told of as that.
+
 Nothing in a file is executed. Pickles (`pytorch_model.bin`) are not unpickled but interpreted, in
 `flaxqa.torchfile`. HDF5 links, external and virtual data sets, which can read any file of the host,
 are refused.
@@ -11,8 +13,10 @@ TFBertForQuestionAnswering and TFDistilBertForQuestionAnswering of transformers 
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +25,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from flaxqa import torchfile
+from flaxqa import files, torchfile
 from flaxqa.errors import ModelRejected, all_problems
 
 Tensors = dict[str, np.ndarray]
@@ -32,9 +36,14 @@ Value = TypeVar("Value")
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 MSGPACK, HDF5 = "flax_model.msgpack", "tf_model.h5"
 JSON_LIMIT = 16 << 20  # bytes; bert-base-uncased's tokenizer.json has 0.7 MB
-SHARDED = SAFETENSORS + ".index.json"
+INDEX = ".index.json"  # of shards: model.safetensors.index.json
+SHARDED = SAFETENSORS + INDEX
 HEADER_LIMIT = 4 << 20  # bytes of names and places; DistilBERT's are 10 kB
-FORMATS = (SAFETENSORS, SHARDED, MSGPACK, HDF5, TORCH)
+FORMATS = (SAFETENSORS, SHARDED, MSGPACK, HDF5, TORCH, TORCH + INDEX)
+# What a training run leaves beside the weights, in files of the same formats.
+NO_WEIGHTS = (
+    "training_args.bin", "optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "adapter_model.*",
+)  # fmt: skip
 
 # What other frameworks call the arrays that PyTorch calls `weight` and `bias`.
 LEAF_NAMES = {
@@ -60,32 +69,79 @@ SAFETENSORS_DTYPES = {
 }
 
 
-def find(directory: Path) -> list[Path]:
+def find(directory: Path, name: str | None = None) -> list[Path]:
     """The weight files that `read` would read: one, or the index and its shards.
+
+    Args:
+      directory: of the checkpoint.
+      name: of the file or the index; when left out the first of FORMATS, or else the only other
+        file of such a format.
 
     Raises:
       ModelRejected: there is none, or one lies outside the directory.
     """
-    for name in FORMATS:
-        if (directory / name).exists() or (directory / name).is_symlink():
-            path = inside(directory, name)
-            if name != SHARDED:
-                return [path]
-            shards = sorted(set(weight_map(path).values()))
-            return [path, *(inside(directory, shard) for shard in shards)]
-    raise ModelRejected(f"{directory} has no weights: none of {', '.join(FORMATS)}")
+    if name is None:
+        usual = (each for each in FORMATS if os.path.lexists(directory / each))
+        name = next(usual, None) or only_file(directory)
+    path = inside(directory, name)
+    reader_of(path)
+    if not name.endswith(INDEX):
+        return [path]
+    shards = sorted(set(weight_map(path).values()))
+    return [path, *(inside(directory, shard) for shard in shards)]
 
 
-def read(directory: Path) -> Tensors:
-    """Every tensor of the checkpoint under its PyTorch name and in PyTorch's layout.
+def is_weights(name: str) -> bool:
+    """Whether a file's name ends as one of weights, or as an index of shards."""
+    return Path(name.removesuffix(INDEX)).suffix in READERS
+
+
+def only_file(directory: Path) -> str:
+    """The one file of a known format, whatever it is called."""
+    names = sorted(path.name for path in directory.iterdir())
+    found = [
+        name
+        for name in names
+        if is_weights(name) and not any(fnmatch.fnmatch(name, pattern) for pattern in NO_WEIGHTS)
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ModelRejected(
+            f"{directory} has several files that may be its weights ({', '.join(found[:5])}), none "
+            "of them under a usual name; say which by --weights FILE"
+        )
+    reason = f"none of {', '.join(FORMATS)}"
+    if (directory / "adapter_config.json").exists():
+        base = read_json(directory, "adapter_config.json").get("base_model_name_or_path")
+        reason = (
+            f"it is an adapter (LoRA) of {base!r} and not a whole model; merge the two with "
+            "`merge_and_unload()` of peft and save the result"
+        )
+    elif onnx := [name for name in names if name.endswith(".onnx") or name == "onnx"]:
+        reason = (
+            f"only ONNX files ({onnx[0]}), which are programs; take the checkpoint that they were "
+            "exported from"
+        )
+    raise ModelRejected(f"{directory} has no weights: {reason}")
+
+
+def read(directory: Path, name: str | None = None) -> Tensors:
+    """Every tensor of the checkpoint under its PyTorch name and in PyTorch's layout; see `find`.
 
     Raises:
       ModelRejected: the file is damaged, of another layout or asks for anything but tensors.
     """
-    first, *shards = find(directory)
-    if first.name == SHARDED:
-        return read_shards(first, shards)
-    return READERS[first.name](first)
+    first, *shards = find(directory, name)
+    reader = reader_of(first)
+    return read_shards(first, shards) if shards else reader(first)
+
+
+def reader_of(path: Path) -> Callable[[Path], Tensors]:
+    """What reads a weight file, or the shards of an index, by the end of its name."""
+    if not is_weights(path.name):
+        raise ModelRejected(f"{path} is no weight file; those end in {', '.join(READERS)}")
+    return READERS[Path(path.name.removesuffix(INDEX)).suffix]
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
@@ -131,6 +187,10 @@ def inside(directory: Path, name: str) -> Path:
         raise ModelRejected(f"{path} is a link that leads outside its directory")
     if not target.is_file():
         raise ModelRejected(f"{path} is {'not a file' if target.exists() else 'missing'}")
+    with path.open("rb") as file:
+        start = file.read(256)
+    if (reason := files.stands_in(start) if start else "is empty; fetch it again") is not None:
+        raise ModelRejected(f"{path} {reason}")
     return path
 
 
@@ -192,7 +252,7 @@ def read_safetensors(path: Path) -> Tensors:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name to file name, out of `model.safetensors.index.json`."""
+    """Tensor name to file name, out of an index of shards."""
     if (size := index.stat().st_size) > HEADER_LIMIT:
         raise ModelRejected(f"{index} has {size:,} bytes, more than {HEADER_LIMIT:,}")
     try:
@@ -201,7 +261,7 @@ def weight_map(index: Path) -> dict[str, str]:
             raise TypeError("a file name is not a string")
         return unique((new_name(name), file) for name, file in names.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelRejected(f"{index} is not an index of safetensors files: {error}") from error
+        raise ModelRejected(f"{index} is not an index of weight files: {error}") from error
 
 
 def read_shards(index: Path, shards: list[Path]) -> Tensors:
@@ -209,7 +269,7 @@ def read_shards(index: Path, shards: list[Path]) -> Tensors:
     tensors: Tensors = {}
     problems = []
     for shard in shards:
-        for name, tensor in read_safetensors(shard).items():
+        for name, tensor in reader_of(shard)(shard).items():
             if wanted.get(name) != shard.name:
                 problems.append(
                     f"{name} is in {shard.name}, the index has it in {wanted.get(name)}"
@@ -339,10 +399,10 @@ def keras_path(name: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
-# Of each file in FORMATS but the index, which `read_shards` reads.
+# By the end of a file's name.
 READERS: dict[str, Callable[[Path], Tensors]] = {
-    SAFETENSORS: read_safetensors,
-    TORCH: read_torch,
-    MSGPACK: read_msgpack,
-    HDF5: read_hdf5,
+    ".safetensors": read_safetensors,
+    ".msgpack": read_msgpack,
+    ".h5": read_hdf5,
+    **dict.fromkeys((".bin", ".pt", ".pth"), read_torch),
 }

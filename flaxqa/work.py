@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from flaxqa import features, records, rows, sources
-from flaxqa.config import AnswerOptions, PredictConfig, ReaderOptions
+from flaxqa.config import AnswerOptions, ModelOptions, PredictConfig, ReaderOptions
 from flaxqa.errors import UsageError
 from flaxqa.features import Example
 from flaxqa.parts import Entry
@@ -73,7 +73,7 @@ class Worker:
         Raises:
           ValueError: it cannot be represented there.
         """
-        value = (row.fields or {}).get(name)
+        value = rows.value_at(row.fields or {}, name)
         if name not in self.untouched:
             value = rows.plain_value(value)
         return as_text(value) if name in self.texts else value
@@ -349,4 +349,4 @@ def describe(config: PredictConfig, plan: Plan, reader: Reader) -> dict[str, Any
 def load_reader(config: PredictConfig) -> Reader:
     from flaxqa import reader
 
-    return reader.load(config.model, revision=config.revision, **config.of(ReaderOptions))
+    return reader.load(**config.of(ModelOptions), **config.of(ReaderOptions))

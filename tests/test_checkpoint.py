@@ -185,7 +185,9 @@ BROKEN = {
     "base model": (base_model, "no question-answering head"),
     "config heads": (lambda f: write_config(f, n_heads=7), "config.json.*\n.*n_heads 7"),
     "config layers": (lambda f: write_config(f, n_layers=3), r"missing .*layer\.2\."),
-    "config fewer layers": (lambda f: write_config(f, n_layers=1), rf"unexpected {LAYER}"),
+    "config fewer layers": (
+        lambda f: write_config(f, n_layers=1),
+        rf"unexpected 16 tensors, all below {LAYER}\.: [\s\S]*2 layers, the config asks for 1"),
     "config positions": (
         lambda f: write_config(f, max_position_embeddings=512),
         r"position_embeddings.weight has shape \(64, 32\), the config needs \(512, 32\)"),
@@ -194,7 +196,7 @@ BROKEN = {
     "config model type": (
         lambda f: write_config(f, model_type="roberta"), "model_type is 'roberta'"),
     "config activation": (
-        lambda f: write_config(f, activation="silu"), "activation is 'silu'"),
+        lambda f: write_config(f, activation="mish"), "activation is 'mish'"),
     "config missing": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "config not JSON": (cut("config.json", 20), "config.json is not JSON"),
     "config deep": (
@@ -206,7 +208,8 @@ BROKEN = {
     "vocabulary of another size": (
         lambda f: write_tokenizer(f, [*VOCAB, "zebra"]), f"{len(VOCAB) + 1} tokens"),
     "vocabulary too small": (
-        lambda f: write_tokenizer(f, VOCAB[:-1]), f"{len(VOCAB) - 1} tokens"),
+        lambda f: write_tokenizer(f, VOCAB[:-1]) or write_config(f, vocab_size=len(VOCAB) + 1_024),
+        f"{len(VOCAB) - 1} tokens"),
     "tokenizer missing": (
         lambda f: (f / "tokenizer.json").unlink(), "neither tokenizer.json nor vocab.txt"),
     "tokenizer truncated": (cut("tokenizer.json", 300), "tokenizer.json is not JSON"),
@@ -251,7 +254,7 @@ def test_all_problems_of_the_tensors_come_in_one_error(folder):
 
 def test_a_config_that_promises_the_sky_allocates_nothing(folder):
     write_config(folder, dim=65_536, hidden_dim=262_144, n_layers=256, n_heads=1024)
-    with pytest.raises(ModelRejected, match=r"missing distilbert.transformer.layer.100[\s\S]*more"):
+    with pytest.raises(ModelRejected, match=r"missing 4,0\d\d tensors, all below distilbert"):
         checkpoint.load(folder)
 
 
@@ -454,8 +457,8 @@ def test_what_old_bert_checkpoints_have_besides_is_ignored_with_the_reason(bert_
          "missing bert.encoder.layer.1.attention.self.key.bias"),
         (lambda t: t.pop("bert.embeddings.token_type_embeddings.weight"),
          "missing bert.embeddings.token_type_embeddings.weight"),
-        (lambda t: t.update({"cls.predictions.bias": np.ones(3, np.float32)}),
-         "unexpected cls.predictions.bias"),
+        (lambda t: t.update({"cls_predictions.bias": np.ones(3, np.float32)}),
+         "unexpected cls_predictions.bias"),
         (lambda t: t.update({"qa_outputs.weight": np.ones((3, 32), np.float32)}),
          r"qa_outputs.weight has shape \(3, 32\)"),
         (lambda t: [t.pop(name) for name in ("qa_outputs.weight", "qa_outputs.bias")],

@@ -292,7 +292,7 @@ def test_a_torch_file_that_asks_for_more_than_tensors_is_refused(tmp_path, name)
     canary = tmp_path / "canary"
     path = tmp_path / weights.TORCH
     dict(attacks(canary))[name](path)
-    with pytest.raises(ModelRejected, match="pytorch_model.bin is not a file of torch tensors"):
+    with pytest.raises(ModelRejected, match=r"pytorch_model.bin is (not a file of torch|empty)"):
         weights.read(tmp_path)
     assert not canary.exists()
 

@@ -92,7 +92,7 @@ def why_not(config: EncoderConfig, dtype: DTypeLike) -> str | None:
     name = np.dtype(dtype).name
     if name not in DTYPES:
         return f"it computes in {' and '.join(DTYPES)}, not in {name}"
-    if config.activation not in ACTIVATIONS:
+    if config.function not in ACTIVATIONS:
         return f"it has no activation {config.activation!r}"
     if name == "bfloat16" and config.dim // config.n_heads % 2:
         return "in bfloat16 it computes heads of even size only"
@@ -185,7 +185,7 @@ def forward(
         *(layers["output_norm"][name] for name in inference.NORM),
         *(weights["qa_outputs"][name] for name in ("kernel", "bias")),
         instruction_set=instruction_set or library().instruction_sets[-1],
-        activation=config.activation,
+        activation=config.function,
         dim=np.int64(config.dim),
         hidden_dim=np.int64(config.hidden_dim),
         n_heads=np.int64(config.n_heads),
