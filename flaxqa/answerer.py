@@ -17,7 +17,8 @@ class QuestionAnswerer:
     """Answers batches of columns: for `datasets.Dataset.map` and `ray.data.Dataset.map_batches`.
 
         dataset.map(QuestionAnswerer(model), batched=True)
-        dataset.map_batches(QuestionAnswerer, fn_constructor_args=(model,), concurrency=2, ...)
+        dataset.map_batches(QuestionAnswerer, fn_constructor_args=(model,),
+                            compute=ray.data.ActorPoolStrategy(size=2), ...)
 
     A batch is a mapping of columns, or a frame of pandas, polars or Arrow. Added are the columns
     `answer`, `start`, `end`, `score`, `no_answer_score`, `n_windows` and `error`. A column has one

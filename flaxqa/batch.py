@@ -5,7 +5,7 @@ The input is cut into shards (`flaxqa.records`), each of which becomes one part 
 (`flaxqa.engines`) only say who works:
 
 - `local`: this process, on its devices.
-- `ray`: a pool of actors of Ray Data, a shard for each task.
+- `ray`: actors of Ray, a shard for each that is free.
 - one process for each host, by `share`: process i of n takes every n-th shard.
 """
 

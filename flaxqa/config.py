@@ -273,7 +273,7 @@ class PredictConfig(ReaderOptions, AnswerOptions, DataOptions, ModelOptions):
     """Write a trace of a few steady batches, by jax.profiler, into this directory."""
 
     engine: Literal["local", "ray"] = "local"
-    """This process, or actors of Ray Data, in the cluster of RAY_ADDRESS or one started here."""
+    """This process, or actors of Ray, in the cluster of RAY_ADDRESS or one started here."""
 
     workers: int | None = None
     """Actors of Ray; one for each machine, or for each GPU if they take GPUs, when left out."""

@@ -5,9 +5,9 @@ No engine changes a byte of the parts.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -22,6 +22,11 @@ from flaxqa.work import Worker, load_reader
 
 if TYPE_CHECKING:
     from flaxqa.reader import Reader
+
+
+RETRIES = 3  # of a shard whose actor was lost
+PATIENCE = 60.0  # seconds until it is said that no actor has started
+log = logging.getLogger(__name__)
 
 
 def run_here(
@@ -53,35 +58,45 @@ def for_ray(config: PredictConfig) -> PredictConfig:
 def run_on_ray(
     config: PredictConfig, place: Place, reader: Reader, left: Sequence[int], progress: Progress
 ) -> Iterator[tuple[Entry, Mapping[str, int]]]:
-    """The engine `ray`: a pool of actors of Ray Data, a shard for each task.
+    """The engine `ray`: actors that take a shard at a time, whichever is free.
 
     The cluster is that of RAY_ADDRESS, or one that is started in this machine, on loopback.
     """
     if not left:
         return
     with ray_cluster() as ray:
-        workers = config.workers or default_workers(config, ray)
-        # A fraction of a CPU, as actors that take them all leave none for Ray Data to read with;
-        # JAX takes the cores that it finds in any case.
+        workers = min(config.workers or default_workers(config, ray), len(left))
+        # A fraction of a CPU; JAX takes the cores that it finds in any case.
         cpus = 0.5 / workers if config.worker_cpus is None else config.worker_cpus
-        shards = ray.data.from_items(
-            [{"shard": shard} for shard in left], override_num_blocks=len(left)
-        )
-        results = shards.map_batches(
-            RayWorker,
-            fn_constructor_args=(config, place),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(left))),
-            num_cpus=cpus,
-            num_gpus=config.worker_gpus,
-            resources=dict(config.worker_resources),
-            # Lost actors are replaced, but not for ever where it is the shard that ends them.
-            ray_remote_args_fn=lambda: {"max_task_retries": 3},
-        )
-        for row in results.iter_rows():
-            entry, took = Entry(**json.loads(row["entry"])), json.loads(row["took"])
+        # Lost actors are replaced, but not for ever where it is the shard that ends them.
+        kind = ray.remote(
+            num_cpus=cpus, num_gpus=config.worker_gpus, resources=dict(config.worker_resources),
+            max_restarts=-1, max_task_retries=RETRIES,
+        )(RayWorker)  # fmt: skip
+        actors = [kind.remote(config, place) for _ in range(workers)]
+        for entry, took in given_out(ray, actors, left):
             progress.advance(entry.rows + entry.set_aside, took["windows"])
             yield entry, took
+
+
+def given_out(
+    ray: Any, actors: Sequence[Any], shards: Sequence[int]
+) -> Iterator[tuple[Entry, Mapping[str, int]]]:
+    """What comes of the shards, each given to an actor that is there and free."""
+    waiting, count = collections.deque(shards), 0
+    running = {actor.ready.remote(): actor for actor in actors}
+    started = False
+    while count < len(shards):
+        done, _ = ray.wait(list(running), timeout=None if started else PATIENCE)
+        if not done:
+            log.warning("no worker has started yet; the cluster has %s", ray.cluster_resources())
+            continue
+        actor, started = running.pop(done[0]), True
+        if (result := ray.get(done[0])) is not None:
+            count += 1
+            yield result
+        if waiting:
+            running[actor.answer.remote(waiting.popleft())] = actor
 
 
 @contextlib.contextmanager
@@ -98,7 +113,6 @@ def ray_cluster() -> Iterator[Any]:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise UsageError(f"--engine ray needs Ray: pip install 'flaxqa[ray]' ({error})") from error
 
@@ -115,9 +129,6 @@ def ray_cluster() -> Iterator[Any]:
             **({} if "RAY_ADDRESS" in os.environ else local),
         )
     try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
         yield ray
     except ray.exceptions.RayError as error:
         raise TryAgain(f"Ray gave up: {error}") from error
@@ -134,19 +145,19 @@ def default_workers(config: PredictConfig, ray: Any) -> int:
 
 
 class RayWorker:
-    """A `Worker` in an actor of Ray Data: shards in, what the manifest says of them out."""
+    """A `Worker` in an actor of Ray: shards in, what the manifest says of them out."""
 
     def __init__(self, config: PredictConfig, place: Place):
         self.place = place
         self.worker = Worker(config, place.plan, place.run_key, load_reader(config))
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        shards = [int(shard) for shard in batch["shard"]]
-        done = list(self.worker.run(shards, self.place.write))
-        return {
-            "entry": [json.dumps(dataclasses.asdict(entry)) for entry, _ in done],
-            "took": [json.dumps(dataclasses.asdict(spent)) for _, spent in done],
-        }
+    def ready(self) -> None:
+        """Returns once the model is loaded."""
+
+    def answer(self, shard: int) -> tuple[Entry, dict[str, int]]:
+        """One shard, written."""
+        ((entry, spent),) = self.worker.run([shard], self.place.write)
+        return entry, dataclasses.asdict(spent)
 
 
 @contextlib.contextmanager
