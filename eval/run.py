@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxqa import answers, features, files, reader
+from flaxqa import answers, features, files, reader, stores
 from flaxqa.answers import Answer, Answers
 from flaxqa.config import ModelOptions, ReaderOptions
 from flaxqa.errors import TryAgain
@@ -56,7 +56,7 @@ def evaluate(
     """
     progress = progress or Silence()
     began = now()
-    output = files.writable_directory(config.output)
+    output = files.working_directory(config.output)
     progress.stage("reading questions")
     data, source = given or questions.read_with_source(config.data, config)
     data = data._replace(questions=data.questions[: config.limit])
@@ -85,6 +85,10 @@ def evaluate(
     run["shapes"] = [shape._asdict() for shape in loaded.predictor.shapes]
     run["started"], run["finished"] = began, now()
     write(output, data, partial.rows, predictions, scores, metrics, run)
+    if stores.is_url(config.output):
+        names = [path.name for path in output.iterdir() if not path.name.startswith(".")]
+        for name in sorted(names, key=lambda name: name == "run.json"):  # which comes last
+            stores.put(stores.below(config.output, name), (output / name).read_bytes())
     partial.path.unlink()
     return metrics
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxqa import files
-from flaxqa.errors import DataError, UsageError, all_problems
+from flaxqa.errors import DataError, TryAgain, UsageError, all_problems
 
 from .questions import SquadExample
 
@@ -63,6 +63,8 @@ def read_na_probs(path: str | Path) -> dict[str, float]:
 def read_object(path: str | Path, what: str, kinds: type | tuple[type, ...]) -> dict[str, Any]:
     try:
         content = json.loads(files.read_named(path))
+    except TryAgain:
+        raise
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

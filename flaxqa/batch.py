@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaxqa import engines, inputs, records
+from flaxqa import buckets, engines, inputs, records, stores
 from flaxqa.config import PredictConfig
 from flaxqa.errors import DataError, TryAgain, UsageError
 from flaxqa.parts import SUFFIXES, Entry, Output
@@ -128,7 +128,7 @@ def predict(
             loaded.append(load_reader(config))
         return describe(config, plan, loaded[0])
 
-    with Output(config.output, share) as output:
+    with output_in(config.output, share) as output:
         output.begin(make_plan, describe_run, suffix=SUFFIXES[config.format], restart=restart)
         spent = compute(config, output, loaded[0], progress)
         complete = len(output.finished) == len(output.place.plan.shards)
@@ -163,6 +163,13 @@ def compute(config: PredictConfig, output: Output, reader: Reader, progress: Pro
     return spent
 
 
+def output_in(directory: str | Path, share: tuple[int, int] | None = None) -> Output:
+    """The directory of a run, here or in an object store."""
+    if stores.is_url(directory):
+        return buckets.BucketOutput(str(directory), share)
+    return Output(directory, share)
+
+
 def finalize(directory: str | Path) -> Summary:
     """Declares complete what several processes have computed.
 
@@ -170,7 +177,7 @@ def finalize(directory: str | Path) -> Summary:
       UsageError: there is no run in the directory.
       TryAgain: parts are missing, or somebody is still writing there.
     """
-    with Output(directory) as output:
+    with output_in(directory) as output:
         output.go_on()
         output.finalize()
         return summary_of(output, Total(), None, True)
@@ -237,7 +244,7 @@ def refuse_too_many(config: PredictConfig, output: Output, plan: Plan) -> None:
         raise DataError(
             f"{set_aside:,} records were set aside, more than the {allowed:,} that --max-errors "
             f"{config.max_errors:g} allows of {plan.records:,}; the reasons are in "
-            f"{output.directory / '_errors'}. Finished parts stay: a larger --max-errors goes on"
+            f"{output.path('_errors')}. Finished parts stay: a larger --max-errors goes on"
         )
 
 

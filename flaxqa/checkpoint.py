@@ -25,7 +25,7 @@ import tokenizers
 from flax import nnx
 from jax.typing import DTypeLike
 
-from flaxqa import files, tokens, weights
+from flaxqa import files, stores, tokens, weights
 from flaxqa.errors import ModelRejected, TryAgain, UsageError, all_problems
 from flaxqa.model import (
     BertConfig,
@@ -189,7 +189,8 @@ def load(
     directory, commit = locate(name, revision, weights_file)
     try:
         loaded = load_directory(directory, commit, weights_file, dtype)
-        told = str(directory.absolute()) if commit is None else str(name)
+        by_path = commit is None and not stores.is_url(name)
+        told = str(directory.absolute()) if by_path else str(name)
         return dataclasses.replace(loaded, name=told)
     except OSError as error:
         raise ModelRejected(f"{directory} cannot be read: {error}") from error
@@ -247,6 +248,10 @@ def locate(
     name: str | Path, revision: str | None = None, weights_file: str | None = None
 ) -> tuple[Path, str | None]:
     """(directory, commit) of a checkpoint's files; those of a hub repository are fetched first."""
+    if stores.is_url(name):
+        if revision is not None:
+            raise UsageError(f"{name} is a URL; a revision belongs to a hub id")
+        return fetched(str(name), weights_file), None
     directory = files.local(name)
     try:
         directory = directory.expanduser()
@@ -261,6 +266,22 @@ def locate(
     if is_there or len(parts) > 2 or parts[0] in ("", ".", "..", "~"):
         raise UsageError(f"{name} is {'not a directory' if is_there else 'missing'}")
     return fetch(str(name), revision, weights_file)
+
+
+def fetched(url: str, weights_file: str | None) -> Path:
+    """A folder with the checkpoint's files of an object store, in the user's cache."""
+    states = {name: one for name, one in stores.states_below(url).items() if "/" not in name}
+    if not states:
+        raise UsageError(f"{url} has no objects")
+    chosen = {"config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json",
+              "vocab.txt"} & states.keys()  # fmt: skip
+    usual = weights.FORMATS if weights_file is None else (weights_file,)
+    found = next((name for name in usual if name in states), None)
+    chosen |= {found} if found is not None else {one for one in states if weights.is_weights(one)}
+    if found is not None and found.endswith(weights.INDEX):
+        index = stores.folder_of(url, [found], states) / found
+        chosen |= set(weights.weight_map(index).values()) & states.keys()
+    return stores.folder_of(url, chosen, states)
 
 
 def fetch(repo_id: str, revision: str | None, weights_file: str | None) -> tuple[Path, str]:

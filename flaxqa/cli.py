@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from flaxqa import commands, files
+from flaxqa import commands, files, stores
 from flaxqa.config import (
     AnswerOptions,
     DataOptions,
@@ -393,7 +393,8 @@ def refuse_urls(command: Any) -> None:
         if dataclasses.is_dataclass(value):
             refuse_urls(value)
         for one in value if isinstance(value, tuple) else (value,):
-            if isinstance(one, Path) or (isinstance(one, str) and field.name in paths):
+            named = isinstance(one, Path) or (isinstance(one, str) and field.name in paths)
+            if named and not stores.is_url(one):
                 files.local(one)
 
 

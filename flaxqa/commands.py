@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flaxqa import files
 from flaxqa.config import AnswerOptions, ModelOptions, ReaderOptions
-from flaxqa.errors import DataError, GateNotMet, UsageError
+from flaxqa.errors import DataError, GateNotMet, TryAgain, UsageError
 
 if TYPE_CHECKING:
     from flaxqa.batch import Estimate, Summary
@@ -75,6 +75,8 @@ def read_context(command: Ask) -> str:
                 )
             return sys.stdin.buffer.read().decode()
         return files.read_named(command.context_file).decode()
+    except TryAgain:
+        raise
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import math
 import numbers
+import posixpath
 import tomllib
 import types
 import typing
@@ -17,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from flaxqa import files
-from flaxqa.errors import UsageError, all_problems
+from flaxqa import files, stores
+from flaxqa.errors import TryAgain, UsageError, all_problems
 
 SHARD_SIZE = 10_000
 MAX_ANSWER_LENGTH = 30  # tokens
@@ -302,9 +303,11 @@ def read_toml(path: str | Path, kind: type[Any]) -> dict[str, Any]:
       UsageError: the file cannot be read, or has an unknown field or a value of another type.
     """
     own = {one.stem: one for one in OWN.glob("*.toml")}
-    path = own.get(str(path)) or files.local(path)
+    path = own.get(str(path)) or (str(path) if stores.is_url(path) else files.local(path))
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(files.read_named(path).decode("utf-8"))
+    except TryAgain:
+        raise
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -329,11 +332,16 @@ def read_toml(path: str | Path, kind: type[Any]) -> dict[str, Any]:
     return values
 
 
-def from_file(file: Path, value: Any) -> Any:
+def from_file(file: Path | str, value: Any) -> Any:
     """A path, or several, as seen from a config file."""
     if isinstance(value, tuple):
         return tuple(from_file(file, one) for one in value)
-    return str((file.parent / value).resolve()) if value.startswith(("./", "../")) else value
+    if not value.startswith(("./", "../")):
+        return value
+    if isinstance(file, Path):
+        return str((file.parent / value).resolve())
+    scheme, _, place = file.partition("://")  # of an object store
+    return f"{scheme}://{posixpath.normpath(posixpath.join(posixpath.dirname(place), value))}"
 
 
 def fits(value: Any, kind: Any) -> bool:

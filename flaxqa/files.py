@@ -1,4 +1,4 @@
-"""Results on disk: a file is there whole or not at all."""
+"""Results on disk, or in a store: a file is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import os
 import re
 import stat
 import tempfile
+import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any
 
+from flaxqa import stores
 from flaxqa.errors import TryAgain, UsageError
 
 BLOCK = 1 << 20
@@ -21,10 +24,16 @@ def local(name: str | Path) -> Path:
     """The path that a name stands for.
 
     Raises:
-      UsageError: it is a URL, which nothing here reads or writes, or no system has such a name.
+      UsageError: it is a URL other than file://, or no system has such a name.
     """
     if URL.match(str(name)):
-        raise UsageError(f"{name} is a URL: only local files and folders are read and written")
+        if not str(name).startswith("file:///"):
+            kinds = ", ".join(f"{scheme}://" for scheme in stores.PACKAGES)
+            raise UsageError(
+                f"{name} is a URL that cannot be used here: local files and folders can, and for "
+                f"inputs, checkpoints, configs and the outputs of predict, eval and score {kinds}"
+            )
+        name = urllib.request.url2pathname(str(name)[len("file://") :])
     path = Path(name)
     try:
         path.stat()
@@ -56,6 +65,11 @@ def read_named(name: str | Path) -> bytes:
       UsageError: it is neither.
       OSError: it cannot be read.
     """
+    if stores.is_url(name):
+        try:
+            return stores.read(str(name))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(name)) from error
     path = local(name)
     given = str(name).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
     mode = path.stat().st_mode
@@ -64,8 +78,27 @@ def read_named(name: str | Path) -> bytes:
     return path.read_bytes()
 
 
-def state_of(path: str | Path) -> tuple[int, ...] | None:
+def open_input(path: str) -> IO[bytes]:
+    """A file, or an object of a store, for reading."""
+    return stores.open_object(path) if stores.is_url(path) else open(path, "rb")
+
+
+def working_directory(output: str) -> Path:
+    """The directory of an output, or where it is made until it is put into a store.
+
+    Raises:
+      UsageError, TryAgain: it cannot be written.
+    """
+    if not stores.is_url(output):
+        return writable_directory(output)
+    stores.prove_writable(output)
+    return writable_directory(stores.cache("making", output))
+
+
+def state_of(path: str | Path) -> tuple[Any, ...] | None:
     """What changes when a file does, also where its time was set back; None if it is missing."""
+    if isinstance(path, str) and stores.is_url(path):
+        return stores.state_of(path)
     try:
         status = os.stat(path)
     except OSError:
@@ -83,6 +116,9 @@ def write_named(name: str | Path, content: bytes) -> None:
       UsageError: it is a folder, a URL, or something else that cannot be written.
       TryAgain: the place cannot be written or is full.
     """
+    if stores.is_url(name):
+        stores.put(str(name), content)
+        return
     path = local(name)
     try:
         path = path.resolve(strict=True)

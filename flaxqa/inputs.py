@@ -10,15 +10,17 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from flaxqa import stores
 from flaxqa.config import DataOptions
 from flaxqa.errors import TryAgain, UsageError, all_problems
-from flaxqa.files import local, stands_in, state_of
+from flaxqa.files import local, open_input, stands_in, state_of
 from flaxqa.rows import Input
 from flaxqa.text import kind_of_lines
 
@@ -63,6 +65,9 @@ def find(
     options = options or DataOptions()
     finder = Finder(options, options.split or split, unnamed)
     for name in names:
+        if stores.is_url(name):
+            finder.take_url(name)
+            continue
         path = local(name)
         if name in STDIN or path.is_fifo():
             finder.take_pipe(name)
@@ -133,6 +138,46 @@ class Finder:
                   delimiter_of(self.options))
         )  # fmt: skip
 
+    def take_url(self, url: str) -> None:
+        """An object, those below a URL, or those that a pattern matches."""
+        url = url.rstrip("/")
+        if glob.has_magic(url):
+            root, found = url[: re.search(r"[*?[]", url).start()].rpartition("/")[0], (  # type: ignore[union-attr]
+                stores.matching(url))  # fmt: skip
+        elif (info := stores.info_of(url)) is not None and info["type"] == "file":
+            root, found = url.rpartition("/")[0], [url]
+        else:
+            root, found = url, [stores.below(url, name) for name in self.names_below(url)]
+        if not found:
+            self.problems.append(f"{url} has no files of {', '.join(SUFFIXES)}")
+        for each in found:
+            try:
+                one = file_input(Path(each.removeprefix(root).lstrip("/")), "", self.options,
+                                 self.unnamed)  # fmt: skip
+            except UsageError as error:
+                self.problems.append(str(error))
+                continue
+            name = each.removeprefix(root).lstrip("/")
+            self.found.append(dataclasses.replace(one, path=each, name=name))
+            self.named[each] = each
+
+    def names_below(self, url: str) -> list[str]:
+        """The names of the objects below a URL that can be input; as `below` and `saved_files`."""
+        names = [*stores.states_below(url)]
+        folder = f"{self.split}/" if "dataset_dict.json" in names else ""
+        if {f"{folder}state.json", f"{folder}dataset_info.json"} <= {*names}:
+            try:
+                state = json.loads(stores.read(stores.below(url, f"{folder}state.json")))
+                return [folder + one["filename"] for one in state["_data_files"]]
+            except (ValueError, LookupError, TypeError) as error:
+                self.problems.append(f"{url}/{folder}state.json is damaged: {error!r}")
+                return []
+        return [
+            name for name in names
+            if not any(part.startswith((".", "_")) for part in name.split("/"))
+            and kind_of(Path(name))[0] is not None
+        ]  # fmt: skip
+
     def take_folder(self, path: Path, name: str) -> None:
         """All files of a folder, or the data set that it is."""
         files = saved_files(path, self.split, self.problems)
@@ -180,11 +225,26 @@ def refuse_inside(names: Sequence[str], inputs: Sequence[Input], output: str) ->
     Raises:
       UsageError: it does; says with which input.
     """
+    if stores.is_url(output):
+        below = output.rstrip("/") + "/"
+        for one in inputs:
+            if one.path.startswith(below):
+                raise UsageError(f"--output {output} holds the input {one.path}; choose another")
+        for name in names:
+            base = re.split(r"[*?[]", name)[0].rstrip("/")
+            if stores.is_url(name) and below.startswith(base + "/"):
+                raise UsageError(
+                    f"--output {output} lies in the input {name}, so that its parts would be "
+                    "records of the next run; choose another"
+                )
+        return
     place = local(output).resolve()
     for one in inputs:
         if one.format != "hub" and Path(one.path).is_relative_to(place):
             raise UsageError(f"--output {output} holds the input {one.path}; choose another")
     for name in names:
+        if stores.is_url(name):
+            continue
         root = local(name)
         while glob.has_magic(str(root)) and not root.exists():
             root = root.parent
@@ -284,8 +344,10 @@ def start_of(path: str | Path) -> bytes:
       TryAgain: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open_input(str(path)) as file:
             return file.read(256)
+    except TryAgain:
+        raise
     except OSError as error:
         raise TryAgain(f"{path} cannot be read: {error.strerror}") from error
 
@@ -362,8 +424,10 @@ def sha256_of(path: str, state: tuple[int, ...]) -> str:
       TryAgain: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with open_input(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    except TryAgain:
+        raise
     except OSError as error:
         raise TryAgain(f"{path} cannot be read: {error.strerror}") from error
 

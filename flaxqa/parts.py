@@ -55,6 +55,7 @@ class Entry:
       errors_sha256: of the file that has those, None without any.
       run_key: of the run.
       computed_by: what computed it: device, kernels, versions. It decides no more than last digits.
+      state: of the part in an object store, by which a listing tells whether it has changed.
     """
 
     shard: int
@@ -65,6 +66,7 @@ class Entry:
     errors_sha256: str | None
     run_key: str
     computed_by: Mapping[str, Any]
+    state: tuple[int, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,15 +207,15 @@ class Output:
           UsageError: another run is there, which differs; says in what.
           TryAgain: the directory cannot be written.
         """
-        with held(self.path(f"{LOCK}-begin"), fcntl.LOCK_EX, wait=True):
+        with self.alone():
             if restart:
                 if self.share is not None:
                     raise UsageError("--restart is for a run that is alone")
                 self.remove_all()
             before, planned = self.read(RUN), self.read_plan()
-            if before is None and (strangers := sorted(self.directory.glob("part-*"))):
+            if before is None and (strangers := self.strangers()):
                 raise UsageError(
-                    f"{self.directory} has {strangers[0].name} but no {RUN}: it is of another "
+                    f"{self.directory} has {strangers[0]} but no {RUN}: it is of another "
                     "program, or what is left of a run; choose another directory"
                 )
             plan = make_plan(planned)
@@ -231,16 +233,35 @@ class Output:
                 raise DataError(
                     f"{self.path(PLAN)} is not the plan of {RUN}; --restart begins anew"
                 )
-            if planned is None or plan != planned:
-                files.write_whole(self.path(PLAN), sealed(plan.to_json()))
-            if before is None:
-                files.write_whole(self.path(RUN), sealed(whole))
-            self.place = Place(self.directory, plan, key, suffix)
-            try:
-                self.path(FRAGMENTS).mkdir(exist_ok=True)
-            except OSError as error:
-                raise TryAgain(f"{self.directory} cannot be written: {error}") from error
+            self.publish(whole if before is None else None, plan if plan != planned else None)
+            self.place = self.place_of(plan, key, suffix)
         self.find_finished()
+
+    def alone(self) -> contextlib.AbstractContextManager[Any]:
+        """While it lasts nobody else begins here."""
+        return held(self.path(f"{LOCK}-begin"), fcntl.LOCK_EX, wait=True)
+
+    def strangers(self) -> list[str]:
+        """The names of parts that are there."""
+        return sorted(path.name for path in self.directory.glob("part-*"))
+
+    def publish(self, run: Mapping[str, Any] | None, plan: Plan | None) -> None:
+        """Writes down the run and its plan, those that are not there yet."""
+        if plan is not None:
+            self.put(PLAN, sealed(plan.to_json()))
+        if run is not None:
+            self.put(RUN, sealed(run))
+        try:
+            self.path(FRAGMENTS).mkdir(exist_ok=True)
+        except OSError as error:
+            raise TryAgain(f"{self.directory} cannot be written: {error}") from error
+
+    def place_of(self, plan: Plan, run_key: str, suffix: str) -> Place:
+        return Place(self.directory, plan, run_key, suffix)
+
+    def put(self, name: str, content: bytes) -> None:
+        """Writes a file of the directory, whole or not at all."""
+        files.write_whole(self.path(name), content)
 
     def go_on(self) -> None:
         """Takes up the run that is there, without asking for anything.
@@ -254,7 +275,7 @@ class Output:
         suffix = SUFFIXES[run["output"]["format"]]
         if plan.sha256() != run["plan"]:
             raise DataError(f"{self.path(PLAN)} is not the plan of {RUN}; --restart begins anew")
-        self.place = Place(self.directory, plan, run["run_key"], suffix)
+        self.place = self.place_of(plan, run["run_key"], suffix)
         self.find_finished()
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -423,16 +444,8 @@ class Output:
                     f"{entry.part} has {rows} answers and {set_aside} records were set aside, but "
                     f"{MANIFEST} has {entry.rows} and {entry.set_aside}, the shard {planned}"
                 )
-        fragments = [place.fragment(entry.shard) for entry in entries if entry.set_aside]
-        if fragments:
-            files.write_joined(self.path(ERRORS), fragments)
-        lines = b"".join(line_of(entry) + b"\n" for entry in entries)
-        manifests = self.manifests()
-        if manifests != [self.path(MANIFEST)] or self.content(MANIFEST) != lines:
-            files.write_whole(self.path(MANIFEST), lines)
-            for path in manifests:
-                if path.name != MANIFEST:
-                    path.unlink()
+        self.join([entry for entry in entries if entry.set_aside])
+        self.write_manifest(b"".join(line_of(entry) + b"\n" for entry in entries))
         summary = {
             "records": plan.records,
             "answered": sum(entry.rows for entry in entries),
@@ -440,8 +453,23 @@ class Output:
             "parts": len(entries),
             "run_key": place.run_key,
         }
-        files.write_whole(self.path(SUCCESS), as_json(summary))
+        self.put(SUCCESS, as_json(summary))
         return summary
+
+    def join(self, entries: Sequence[Entry]) -> None:
+        """Writes what was set aside of some shards into one file."""
+        if entries:
+            fragments = [self.place.fragment(entry.shard) for entry in entries]
+            files.write_joined(self.path(ERRORS), fragments)
+
+    def write_manifest(self, lines: bytes) -> None:
+        """Leaves one manifest, of all parts."""
+        manifests = self.manifests()
+        if manifests != [self.path(MANIFEST)] or self.content(MANIFEST) != lines:
+            self.put(MANIFEST, lines)
+            for path in manifests:
+                if path.name != MANIFEST:
+                    path.unlink()
 
 
 @contextlib.contextmanager

@@ -155,6 +155,8 @@ class Source(abc.ABC):
 
     def raise_what_may_pass(self, error: Exception) -> None:
         """Raises: TryAgain: it is an error of the system, and no damage of the file."""
+        if isinstance(error, TryAgain):
+            raise error
         if isinstance(error, OSError) and error.errno:
             told = error.strerror or error
             raise TryAgain(f"{self.input.path} cannot be read: {told}") from error

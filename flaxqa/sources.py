@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from flaxqa import files, stores
 from flaxqa.errors import DataError, TryAgain
 from flaxqa.rows import Input, Row, Run, Source, kind_name
 from flaxqa.text import Csv, JsonLines, Mrqa, decompressed, not_in
@@ -24,7 +25,10 @@ class Parquet(Source):
     def file(self) -> Any:
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(self.input.path)
+        remote = stores.is_url(self.input.path)
+        return pq.ParquetFile(
+            files.open_input(self.input.path) if remote else self.input.path, pre_buffer=False
+        )
 
     def places(self) -> Iterator[Run]:
         try:
@@ -77,14 +81,16 @@ class Parquet(Source):
     def columns(self) -> list[str] | None:
         try:
             return list(self.file.schema_arrow.names)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            self.raise_what_may_pass(error)
             return None
 
     def types(self) -> Mapping[str, Any]:
         """The Arrow type of each column."""
         try:
             return {field.name: field.type for field in self.file.schema_arrow}
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            self.raise_what_may_pass(error)
             return {}
 
 
@@ -130,7 +136,12 @@ class Arrow(Source):
         """
         import pyarrow as pa
 
-        with pa.memory_map(self.input.path) as file:
+        remote = stores.is_url(self.input.path)
+        with (
+            pa.PythonFile(files.open_input(self.input.path), mode="r")
+            if remote
+            else pa.memory_map(self.input.path)
+        ) as file:
             if file.read(6) == b"ARROW1":
                 reader = pa.ipc.open_file(file)
                 batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
@@ -172,7 +183,8 @@ class Arrow(Source):
     def schema(self) -> Mapping[str, Any]:
         try:
             first = next(self.batches(), None)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            self.raise_what_may_pass(error)
             return {}
         return {} if first is None else {field.name: field.type for field in first.schema}
 
@@ -194,7 +206,7 @@ class Document(Source):
           DataError: the file is not what it was when it was planned, or it is damaged.
         """
         try:
-            with open(self.input.path, "rb") as file:
+            with files.open_input(self.input.path) as file:
                 raw = file.read()
             if self.input.sha256 not in (None, hashlib.sha256(raw).hexdigest()):
                 raise DataError(f"{self.input.path} has changed since the run began")

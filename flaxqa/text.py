@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
+from flaxqa import files, stores
 from flaxqa.rows import Input, Row, Run, Source, kind_name
 
 LONGEST_LINE = 16 << 20  # bytes; a longer one is a record that cannot be read
@@ -77,13 +78,14 @@ class Lines(Source):
     def open(self, start: int) -> IO[bytes]:
         """The content from a byte on."""
         if self.input.compression is None:
-            plain = open(self.input.path, "rb")  # noqa: SIM115
+            plain = files.open_input(self.input.path)
             plain.seek(start)
             return plain
         if self.stream is None or self.at > start:
             import pyarrow as pa
 
-            raw = pa.OSFile(self.input.path)
+            remote = stores.is_url(self.input.path)
+            raw = files.open_input(self.input.path) if remote else pa.OSFile(self.input.path)
             self.stream, self.at = decompressed(raw, self.input.compression), 0
         while self.at < start and (block := self.stream.read(min(BLOCK, start - self.at))):
             self.at += len(block)

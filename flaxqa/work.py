@@ -16,7 +16,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from flaxqa import features, records, rows, sources
+from flaxqa import features, records, rows, sources, stores
 from flaxqa.config import AnswerOptions, ModelOptions, PredictConfig, ReaderOptions
 from flaxqa.errors import UsageError
 from flaxqa.features import Example
@@ -306,6 +306,8 @@ def schema_of(config: PredictConfig, plan: Plan) -> pa.Schema:
 def model_name(config: PredictConfig, reader: Reader) -> str:
     """What the output calls the model: its hub id and commit, or the name of its directory."""
     commit = reader.checkpoint.commit
+    if stores.is_url(config.model):
+        return config.model.rstrip("/").rpartition("/")[2]
     return f"{config.model}@{commit}" if commit else reader.checkpoint.directory.resolve().name
 
 

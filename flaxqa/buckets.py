@@ -1,0 +1,273 @@
+"""The directory of a batch run in an object store: as `flaxqa.parts`, without locks and renaming.
+
+    part-00000-of-00042.parquet            answers
+    _errors/part-00000-of-00042.jsonl      what was set aside of a shard
+    _manifest/part-00000-of-00042.json     that a part is finished: its rows, sha256 and state
+    _run.json, _plan.json                  what was asked of whom; the shards
+    errors.jsonl, _manifest.jsonl, _SUCCESS   written at the end
+
+A put is whole or not there, and `_run.json` and the parts are created only where there is none: of
+two writers the first wins, and the other takes what is there. So nobody needs a lock, and any
+number may work on one run. What is finished is told by a single listing: a part counts with the
+state (size and ETag) that its manifest object has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from flaxqa import stores
+from flaxqa.errors import DataError, TryAgain, UsageError
+from flaxqa.parts import (
+    ERRORS,
+    FRAGMENTS,
+    MANIFEST,
+    PLAN,
+    RUN,
+    SUCCESS,
+    SUFFIXES,
+    Entry,
+    Output,
+    Place,
+    line_of,
+    part_name,
+    sealed,
+    some_of,
+    unsealed,
+)
+from flaxqa.records import Plan
+
+NOTES = "_manifest"
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketPlace(Place):
+    """Where the parts of a run go; `directory` is a URL."""
+
+    directory: str  # type: ignore[assignment]
+
+    def url(self, name: str) -> str:
+        return stores.below(self.directory, name)
+
+    def write(
+        self,
+        shard: int,
+        content: bytes,
+        rows: int,
+        errors: list[bytes],
+        computed_by: Mapping[str, Any],
+    ) -> Entry:
+        """Creates a part and what was set aside; where somebody was first, theirs counts."""
+        name, fragment = self.name(shard), b"".join(errors)
+        set_aside, part = len(errors), self.url(name + self.suffix)
+        if errors:
+            fragment = self.created(self.url(f"{FRAGMENTS}/{name}.jsonl"), fragment)
+            set_aside = fragment.count(b"\n")
+        there = self.created(part, content)
+        if there is not content and (found := self.rows_in(there, part)) != rows:
+            raise DataError(
+                f"{part} has {found} answers and not {rows}; it is not of this run. --restart "
+                "begins anew"
+            )
+        state = stores.state_of(part)
+        if state is None:
+            raise TryAgain(f"{part} was removed while the run goes on")
+        return Entry(
+            shard=shard,
+            part=name + self.suffix,
+            rows=rows,
+            sha256=hashlib.sha256(there).hexdigest(),
+            set_aside=set_aside,
+            errors_sha256=hashlib.sha256(fragment).hexdigest() if errors else None,
+            run_key=self.run_key,
+            computed_by=computed_by,
+            state=state,
+        )
+
+    def created(self, url: str, content: bytes) -> bytes:
+        """What an object has: this content, or that of whoever was first; then it stays."""
+        if stores.create(url, content):
+            return content
+        try:
+            there = stores.read(url)
+        except FileNotFoundError as error:
+            raise TryAgain(f"{url} was removed while the run goes on") from error
+        return content if there == content else there
+
+    def rows_in(self, content: bytes, part: str) -> int:
+        """The answers in the bytes of a part."""
+        if self.suffix != SUFFIXES["parquet"]:
+            return content.count(b"\n")
+        import pyarrow.parquet as pq
+
+        try:
+            return int(pq.read_metadata(io.BytesIO(content)).num_rows)
+        except ValueError as error:
+            raise DataError(f"{part} cannot be read: {error}") from error
+
+    def counts(self, entry: Entry) -> tuple[int, int]:
+        """As the entry has them: a part in the state that it tells of has the bytes of then."""
+        return entry.rows, entry.set_aside
+
+
+class BucketOutput(Output):
+    """A run in an object store, which others may write meanwhile; a context manager."""
+
+    directory: str  # type: ignore[assignment]
+    place: BucketPlace
+
+    def __init__(self, directory: str, share: tuple[int, int] | None = None):
+        """Proves that the place can be written.
+
+        Raises:
+          UsageError: access is denied, or there is no such bucket.
+          TryAgain: it cannot be reached now.
+        """
+        self.directory, self.share = directory.rstrip("/"), share
+        self.finished: dict[int, Entry] = {}
+        self.states: dict[str, stores.State] = {}
+        stores.prove_writable(self.directory)
+
+    def __exit__(self, *error: object) -> None:
+        """There is nothing to let go of."""
+
+    def path(self, name: str) -> Any:
+        return stores.below(self.directory, name)
+
+    def alone(self) -> contextlib.AbstractContextManager[Any]:
+        self.states = stores.states_below(self.directory)
+        return contextlib.nullcontext()
+
+    def strangers(self) -> list[str]:
+        return [name for name in self.states if name.startswith("part-")]
+
+    def content(self, name: str) -> bytes:
+        return stores.read(self.path(name))
+
+    def put(self, name: str, content: bytes) -> None:
+        stores.put(self.path(name), content)
+
+    def publish(self, run: Mapping[str, Any] | None, plan: Plan | None) -> None:
+        """The run comes first, for it can be created but once; its plan is the same from anybody.
+
+        Raises:
+          TryAgain: somebody else began another run at this moment.
+        """
+        first = run is None or stores.create(self.path(RUN), sealed(run))
+        if not first and self.read(RUN) != run:
+            raise TryAgain(f"another run was begun in {self.directory} at this moment")
+        if plan is not None:
+            self.put(PLAN, sealed(plan.to_json()))
+
+    def place_of(self, plan: Plan, run_key: str, suffix: str) -> BucketPlace:
+        return BucketPlace(self.directory, plan, run_key, suffix)
+
+    def remove_all(self) -> None:
+        """As that of `Output`; the run itself last, so that what is cut short can be repeated."""
+        run, planned = self.read(RUN), self.read(PLAN)
+        known = {part_name(shard, len(planned["shards"]))
+                 for shard in range(len(planned["shards"]))} if planned else set()  # fmt: skip
+        own = {RUN, PLAN, MANIFEST, SUCCESS, ERRORS} if run else {RUN, PLAN}
+        for part in known:
+            own |= {part + suffix for suffix in SUFFIXES.values()}
+            own |= {f"{FRAGMENTS}/{part}.jsonl", f"{NOTES}/{part}.json"}
+        probes = {name for name in self.states if name.startswith(stores.PROBE)}
+        if strangers := [name for name in self.states if name not in own | probes]:
+            raise UsageError(
+                f"{self.directory} has what this run did not write: {some_of(strangers)}. Nothing "
+                "is removed; choose another directory"
+            )
+        names = sorted(self.states, key=lambda name: (name != SUCCESS, name in (RUN, PLAN)))
+        stores.remove(self.path(name) for name in names)
+        self.states = {}
+
+    def find_finished(self) -> None:
+        """Finds the parts that are there in the state that their manifest objects tell."""
+        self.states = stores.states_below(self.directory)
+        plan, self.finished = self.place.plan, {}
+        for entry in self.noted():
+            known = entry.run_key == self.place.run_key and entry.shard < len(plan.shards)
+            name = self.place.name(entry.shard) + self.place.suffix
+            if known and entry.part == name and self.is_whole(entry):
+                self.finished[entry.shard] = entry
+        self.finished = dict(sorted(self.finished.items()))
+        # What was damaged is computed anew, and can be created again.
+        told = {f"{NOTES}/{self.place.name(shard)}.json": shard for shard in self.left_of_all()}
+        broken = [shard for name, shard in told.items() if name in self.states]
+        stores.remove(self.path(name) for shard in broken for name in self.names_of(shard))
+        if len(self.finished) < len(plan.shards) and SUCCESS in self.states:
+            stores.remove([self.path(SUCCESS)])
+
+    def is_whole(self, entry: Entry) -> bool:
+        """Whether a part and what belongs to it are as they were written.
+
+        What the listing does not have is asked for: others may have written it meanwhile.
+        """
+        fragment = f"{FRAGMENTS}/{PurePosixPath(entry.part).stem}.jsonl"
+        part = self.states.get(entry.part)
+        if part != entry.state:
+            part = stores.state_of(self.path(entry.part))
+        return part == entry.state and (
+            entry.errors_sha256 is None
+            or fragment in self.states
+            or stores.state_of(self.path(fragment)) is not None
+        )
+
+    def left_of_all(self) -> list[int]:
+        """Those that are not finished, of all processes."""
+        return [i for i in range(len(self.place.plan.shards)) if i not in self.finished]
+
+    def names_of(self, shard: int) -> list[str]:
+        """The objects of a shard, what says that it is finished first."""
+        name = self.place.name(shard)
+        own = (f"{NOTES}/{name}.json", name + self.place.suffix, f"{FRAGMENTS}/{name}.jsonl")
+        return [one for one in own if one in self.states]
+
+    def noted(self) -> Iterator[Entry]:
+        """What the manifest objects tell; of a complete run its one manifest."""
+        names = [name for name in self.states if name.startswith(f"{NOTES}/")]
+        if MANIFEST in self.states and SUCCESS in self.states:
+            lines = self.content(MANIFEST).splitlines()
+            if len(lines) == len(names):
+                yield from entries_of(lines)
+                return
+        yield from entries_of(stores.read_many(map(self.path, names)).values())
+
+    def note(self, entry: Entry) -> None:
+        """Writes a part's manifest object; when this returns the part counts."""
+        name = PurePosixPath(entry.part).stem
+        self.put(f"{NOTES}/{name}.json", line_of(entry))
+        self.finished[entry.shard] = entry
+
+    def finalize(self) -> dict[str, Any]:
+        """As that of `Output`, of parts that a listing still has."""
+        self.states = stores.states_below(self.directory)
+        self.finished = {i: one for i, one in self.finished.items() if self.is_whole(one)}
+        return super().finalize()
+
+    def join(self, entries: Sequence[Entry]) -> None:
+        urls = [self.path(f"{FRAGMENTS}/{self.place.name(entry.shard)}.jsonl") for entry in entries]
+        found = stores.read_many(urls)
+        for entry, url in zip(entries, urls, strict=True):
+            content = found.get(url)
+            if content is None or hashlib.sha256(content).hexdigest() != entry.errors_sha256:
+                raise TryAgain(f"{url} is not what was written; the same command computes it anew")
+        if urls:
+            self.put(ERRORS, b"".join(found[url] for url in urls))
+
+    def write_manifest(self, lines: bytes) -> None:
+        self.put(MANIFEST, lines)
+
+
+def entries_of(lines: Any) -> Iterator[Entry]:
+    """The entries that are whole."""
+    for line in lines:
+        if (content := unsealed(line)) is not None:
+            with contextlib.suppress(TypeError):  # of another version
+                yield Entry(**{**content, "state": tuple(content["state"] or ())})
