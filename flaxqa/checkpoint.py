@@ -200,8 +200,10 @@ def load_directory(
     directory: Path, commit: str | None, weights_file: str | None, dtype: DTypeLike
 ) -> Checkpoint:
     states = {path.name: files.state_of(path) for path in directory.iterdir()}
-    if not (directory / "config.json").exists() and weights_file is None:
-        weights.find(directory)  # says what an adapter's or an ONNX folder is
+    if not (directory / "config.json").exists() and (
+        (directory / "adapter_config.json").exists() or any(directory.glob("*.onnx"))
+    ):
+        weights.find(directory, weights_file)  # says what such a folder is
     content = weights.read_json(directory, "config.json")
     try:
         config = read_config(content)

@@ -59,6 +59,10 @@ class Unchecked:
         pass
 
 
+Named = Annotated[str, tyro.conf.arg(metavar="FILE")]  # a path, or the URL of an object
+NAMED = ("config", "context_file", "predictions", "na_prob_file", "out_file", "data")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ask(Unchecked, ReaderOptions, AnswerOptions, ModelOptions):
     """Answer one question about one text.
@@ -73,7 +77,7 @@ class Ask(Unchecked, ReaderOptions, AnswerOptions, ModelOptions):
     context: str | None = None
     """The text that holds the answer."""
 
-    context_file: Path | None = None
+    context_file: Named | None = None
     """A UTF-8 file with the text."""
 
     json: bool = False
@@ -116,17 +120,17 @@ class Score(Unchecked, DataOptions):
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """Questions with right answers, in all that `flaxqa eval` takes."""
 
-    predictions: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PREDICTIONS")]
+    predictions: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PREDICTIONS")]
     """JSON object of question id to answer text; "" for no answer."""
 
-    na_prob_file: Annotated[Path | None, tyro.conf.arg(aliases=["-n"], metavar="FILE")] = None
+    na_prob_file: Annotated[str | None, tyro.conf.arg(aliases=["-n"], metavar="FILE")] = None
     """SQuAD 2.0: JSON object of question id to how likely it has no answer. For null_odds.json of
     `flaxqa eval` the threshold is 0."""
 
     na_prob_thresh: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 1.0
     """SQuAD 2.0: a question counts as left unanswered where that number is above."""
 
-    out_file: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
+    out_file: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Write the JSON line there instead of printing it."""
 
     only_predicted: bool = False
@@ -173,7 +177,7 @@ class Compare:
       flaxqa compare --model MODEL --data dev.json --output OUT --backends jax torch mine:Backend
     """
 
-    config: Path | None = None
+    config: Named | None = None
     """TOML file with any of the options below, or the name of one of flaxqa's own; an option given
     here wins over it."""
 
@@ -189,7 +193,7 @@ class Bench:
       flaxqa bench --model MODEL --data dev-v1.1.json --output OUT --backend jax/bfloat16
     """
 
-    config: Path | None = None
+    config: Named | None = None
     """TOML file with any of the options below, or the name of one of flaxqa's own; an option given
     here wins over it."""
 
@@ -219,7 +223,7 @@ class Eval:
     command is given again. Piped, the content of metrics.json is printed as one JSON line.
     """
 
-    config: Path | None = None
+    config: Named | None = None
     """TOML file with any of the options below, or the name of one of flaxqa's own; an option given
     here wins over it."""
 
@@ -255,7 +259,7 @@ class Predict:
     --engine ray; the parts are the same. Piped, the counts are printed as one JSON line.
     """
 
-    config: Path | None = None
+    config: Named | None = None
     """TOML file with any of the options below, or the name of one of flaxqa's own; an option given
     here wins over it."""
 
@@ -385,16 +389,23 @@ def check(command: Any, name: str) -> None:
             check(value, name)
 
 
+def in_stores(command: Any, name: str) -> bool:
+    """Whether an option may name what lies in an object store."""
+    if name == "output":
+        return isinstance(command, PredictConfig | EvalConfig)
+    return name in (*NAMED, "model", "input")
+
+
 def refuse_urls(command: Any) -> None:
-    """Raises: UsageError: something that is read or written is a URL."""
-    paths = command.named("PATHS") if isinstance(command, Options) else ()
+    """Raises: UsageError: something that is read or written is a URL of no store."""
+    paths = (*(command.named("PATHS") if isinstance(command, Options) else ()), *NAMED)
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
         if dataclasses.is_dataclass(value):
             refuse_urls(value)
         for one in value if isinstance(value, tuple) else (value,):
             named = isinstance(one, Path) or (isinstance(one, str) and field.name in paths)
-            if named and not stores.is_url(one):
+            if named and not (in_stores(command, field.name) and stores.is_url(one)):
                 files.local(one)
 
 

@@ -17,7 +17,7 @@ from flaxqa import stores
 from flaxqa.errors import TryAgain, UsageError
 
 BLOCK = 1 << 20
-URL = re.compile(r"[A-Za-z][\w+.-]+:/")  # a drive has one letter
+URL = re.compile(r"[A-Za-z][\w+.:-]+:/")  # a drive has one letter
 
 
 def local(name: str | Path) -> Path:

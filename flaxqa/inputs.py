@@ -230,9 +230,14 @@ def refuse_inside(names: Sequence[str], inputs: Sequence[Input], output: str) ->
         for one in inputs:
             if one.path.startswith(below):
                 raise UsageError(f"--output {output} holds the input {one.path}; choose another")
-        for name in names:
-            base = re.split(r"[*?[]", name)[0].rstrip("/")
-            if stores.is_url(name) and below.startswith(base + "/"):
+        for name in filter(stores.is_url, names):
+            pattern = glob.has_magic(name)
+            folder = name.rpartition("/")[0] if pattern else name.rstrip("/")
+            base = re.split(r"[*?[]", folder)[0]
+            deep = not pattern or base != folder  # whether folders below are input, or may be
+            if below == f"{folder}/" or (
+                deep and below.startswith(base if pattern else f"{folder}/")
+            ):
                 raise UsageError(
                     f"--output {output} lies in the input {name}, so that its parts would be "
                     "records of the next run; choose another"

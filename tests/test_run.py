@@ -210,15 +210,15 @@ def small_chunks(monkeypatch):
 
 
 def stop_after(monkeypatch, chunks):
-    decode, calls = answers.decode_squad, []
+    rule, calls = answers.DECODERS["squad"], []
 
     def stopping(*args, **options):
         calls.append(1)
         if len(calls) > chunks:
             raise Stopped
-        return decode(*args, **options)
+        return rule.decode(*args, **options)
 
-    monkeypatch.setattr(answers, "decode_squad", stopping)
+    monkeypatch.setitem(answers.DECODERS, "squad", rule._replace(decode=stopping))
     return calls
 
 

@@ -351,7 +351,7 @@ def test_a_folder_is_no_file(tmp_path):
 
 CLI = [sys.executable, "-m", "flaxqa.cli"]
 HELDOUT = str(QUICKSTART / "heldout.json")
-URL = "gs://bucket/x"
+URL = "ftp://bucket/x"
 
 
 @pytest.mark.parametrize(
@@ -359,13 +359,13 @@ URL = "gs://bucket/x"
     [
         ["predict", HELDOUT, "--model", MODEL, "--output", URL],
         ["predict", URL, "--model", MODEL, "--output", "out"],
-        ["predict", HELDOUT, "--model", "s3://x", "--output", "out"],
+        ["predict", HELDOUT, "--model", "ftp://x", "--output", "out"],
         ["predict", "--config", "https://x/y.toml", HELDOUT, "--output", "out"],
         ["eval", "--model", MODEL, "--data", HELDOUT, "--output", URL],
         ["eval", "--model", MODEL, "--data", URL, "--output", "out"],
         ["eval", "--model", MODEL, "--data", HELDOUT, "--output", "out", "--profile", URL],
         ["compare", "--model", MODEL, "--data", HELDOUT, "--output", URL],
-        ["bench", "--model", MODEL, "--data", "file:///x.json", "--output", "out"],
+        ["bench", "--model", MODEL, "--data", "file://x.json", "--output", "out"],
         ["report", URL],
         ["report", "out", "-o", URL],
         ["score", URL, HELDOUT],
@@ -375,6 +375,11 @@ URL = "gs://bucket/x"
         ["export", "--model", URL, "--format", "onnx", "--output", "out"],
         ["ask", "--model", URL, "--question", "who?", "--context", "me"],
         ["ask", "--model", MODEL, "--question", "who?", "--context-file", URL],
+        # What a store has no place for.
+        ["compare", "--model", MODEL, "--data", HELDOUT, "--output", "gs://bucket/x"],
+        ["eval", "--model", MODEL, "--data", HELDOUT, "--output", "out", "--profile", "s3://b"],
+        ["export", "--model", MODEL, "--format", "onnx", "--output", "s3://bucket/x"],
+        ["report", "out", "-o", "s3://bucket/x.html"],
     ],
 )
 def test_urls_are_refused_before_anything_is_done(tmp_path, capsys, monkeypatch, arguments):
@@ -391,7 +396,7 @@ def test_urls_are_refused_before_anything_is_done(tmp_path, capsys, monkeypatch,
 
 def test_urls_are_refused_in_python(source, loaded, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in (URL, "gs:/bucket/x"):
+    for name in (URL, "gs:/bucket/x", "zip::s3://bucket/x"):
         with pytest.raises(UsageError, match="is a URL"):
             run(source, name, loaded)
         with pytest.raises(UsageError, match="is a URL"):

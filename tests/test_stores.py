@@ -14,7 +14,7 @@ from conftest import QUICKSTART
 
 import flaxqa
 from flaxqa import batch, cli, config, inputs, stores
-from flaxqa.errors import TryAgain, UsageError
+from flaxqa.errors import DataError, TryAgain, UsageError
 from flaxqa.eval import questions
 
 MODEL = QUICKSTART / "checkpoint"
@@ -213,12 +213,13 @@ def test_two_writers_at_once_never_harm_each_other(bucket, expected):
         _, errors = one.communicate(timeout=120)
         assert one.returncode == 3, errors.decode()  # one record was set aside
     assert parts_of(f"{bucket}/out") == expected
-    assert f"{bucket}/out/_SUCCESS" and stores.state_of(f"{bucket}/out/_SUCCESS")
+    assert stores.state_of(f"{bucket}/out/_SUCCESS") is not None
 
 
 def test_kills_at_any_point_cost_a_shard_at_most(bucket, server, expected):
     put_input(bucket)
-    for puts in range(3, 22, 3):
+    kills = 0
+    for puts in (1, 3, 4, 4, 4, 4):
         seen = len(server.requests)
         server.delay = 0.02
         run = start(command(bucket))
@@ -228,10 +229,12 @@ def test_kills_at_any_point_cost_a_shard_at_most(bucket, server, expected):
                 run.send_signal(signal.SIGKILL)
             time.sleep(0.005)
         run.communicate()
+        kills += run.returncode == -signal.SIGKILL
     server.delay = 0.0
     last = start(command(bucket))
     _, errors = last.communicate(timeout=120)
     assert last.returncode == 3, errors.decode()
+    assert kills >= 5
     assert parts_of(f"{bucket}/out") == expected
 
 
@@ -278,14 +281,9 @@ def test_a_fault_at_every_point_ends_with_75_and_is_resumed(
         inputs.sha256_of.cache_clear()
         out = f"{bucket}/out{number}"
         failed = fail_request(server, number)
-        try:
+        with pytest.raises(TryAgain, match=bucket):
             batch.predict(options(f"{bucket}/in.jsonl", out), reader=reader)
-        except TryAgain as error:
-            assert error.exit_code == 75
-            assert bucket in str(error)
-        else:
-            # Of a probe's removal nobody needs to know.
-            assert not failed or failed[0][0] == "DELETE", failed
+        assert failed
         kinds |= {method for method, _ in failed}
         server.fault = lambda method, path: None
         assert batch.predict(options(f"{bucket}/in.jsonl", out), reader=reader).complete
@@ -407,7 +405,7 @@ def test_file_urls_are_local(tmp_path):
     assert url.startswith("file:///")
     (found,) = inputs.find([url])
     assert found.path == str(tmp_path / "a b.jsonl")
-    with pytest.raises(UsageError, match="a URL that cannot be used here"):
+    with pytest.raises(DataError, match="a URL that cannot be used here"):
         questions.inputs_of("ftp://x/y.json", config.DataOptions())
 
 
