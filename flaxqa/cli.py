@@ -59,7 +59,7 @@ class Unchecked:
         pass
 
 
-Named = Annotated[str, tyro.conf.arg(metavar="FILE")]  # a path, or the URL of an object
+Named = Annotated[str | None, tyro.conf.arg(metavar="FILE")]  # a path, or an object's URL
 NAMED = ("config", "context_file", "predictions", "na_prob_file", "out_file", "data")
 
 
@@ -77,7 +77,7 @@ class Ask(Unchecked, ReaderOptions, AnswerOptions, ModelOptions):
     context: str | None = None
     """The text that holds the answer."""
 
-    context_file: Named | None = None
+    context_file: Named = None
     """A UTF-8 file with the text."""
 
     json: bool = False
@@ -104,8 +104,9 @@ class Prediction(Unchecked, PredictConfig):
     """What answers, how, and where to."""
 
     input: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
-    """Files, folders, patterns (JSONL, CSV, Parquet, Arrow, SQuAD or MRQA JSON, .gz, .zst), what
-    save_to_disk wrote, or a hub data set."""
+    """Files, folders, patterns, here or in an object store (JSONL, CSV, Parquet, Arrow, SQuAD or
+    MRQA JSON; .gz, .zst, .xz, .bz2), what save_to_disk wrote, a hub data set, or - for standard
+    input."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ class Compare:
       flaxqa compare --model MODEL --data dev.json --output OUT --backends jax torch mine:Backend
     """
 
-    config: Named | None = None
+    config: Named = None
     """TOML file with any of the options below, or the name of one of flaxqa's own; an option given
     here wins over it."""
 
@@ -193,7 +194,7 @@ class Bench:
       flaxqa bench --model MODEL --data dev-v1.1.json --output OUT --backend jax/bfloat16
     """
 
-    config: Named | None = None
+    config: Named = None
     """TOML file with any of the options below, or the name of one of flaxqa's own; an option given
     here wins over it."""
 
@@ -223,7 +224,7 @@ class Eval:
     command is given again. Piped, the content of metrics.json is printed as one JSON line.
     """
 
-    config: Named | None = None
+    config: Named = None
     """TOML file with any of the options below, or the name of one of flaxqa's own; an option given
     here wins over it."""
 
@@ -259,7 +260,7 @@ class Predict:
     --engine ray; the parts are the same. Piped, the counts are printed as one JSON line.
     """
 
-    config: Named | None = None
+    config: Named = None
     """TOML file with any of the options below, or the name of one of flaxqa's own; an option given
     here wins over it."""
 

@@ -107,7 +107,8 @@ class ModelOptions(Options):
     PATHS: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str
-    """Checkpoint: a directory, or a hub id (distilbert/distilbert-base-uncased-distilled-squad)."""
+    """Checkpoint: a directory, a URL (s3://bucket/folder), or a hub id
+    (distilbert/distilbert-base-uncased-distilled-squad)."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
@@ -250,7 +251,8 @@ class PredictConfig(ReaderOptions, AnswerOptions, DataOptions, ModelOptions):
     .bz2), what save_to_disk wrote, a hub data set, or - for standard input."""
 
     output: str
-    """Directory for the answers; made if missing. A run that was stopped goes on there."""
+    """Directory for the answers, here or in an object store (s3://bucket/folder); made if missing.
+    A run that was stopped goes on there."""
 
     keep: tuple[str, ...] = ()
     """Other columns that go into the output."""

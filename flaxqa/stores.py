@@ -86,6 +86,8 @@ def told(url: str, error: Exception) -> Exception:
             f"{url} cannot be reached with the credentials that there are ({kind}: {error}); they "
             f"come from {CREDENTIALS.get(scheme, 'the environment')}"
         )
+    if isinstance(error, NotImplementedError | TypeError | ValueError):
+        return UsageError(f"{url} cannot be used ({kind}: {error})")
     return TryAgain(f"{url} cannot be reached now ({kind}: {error}); try again")
 
 
@@ -267,13 +269,23 @@ def matching(url: str) -> list[str]:
 
 
 def prove_writable(url: str) -> None:
-    """Raises: UsageError, TryAgain: nothing can be written below a URL."""
+    """Proves that objects can be written below a URL, and that none replaces another unasked.
+
+    Raises:
+      UsageError: they cannot; or the store's package takes no notice of "create only".
+      TryAgain: they cannot now.
+    """
     probe = below(url, f"{PROBE}{os.getpid()}-{time.time_ns()}")
     try:
-        put(probe, b"flaxqa")
+        exclusive = create(probe, b"flaxqa") and not create(probe, b"again")
         remove([probe])
     except FileNotFoundError as error:
         raise UsageError(f"{url} cannot be written: {error}; is there such a bucket?") from error
+    if not exclusive:
+        raise UsageError(
+            f"{url} cannot be written safely: an object that was there was replaced, although it "
+            "was to be created; a newer version of the store's package may do better"
+        )
 
 
 def cache(kind: str, key: str) -> Path:
