@@ -8,11 +8,12 @@ TORCH := torch==2.13.0
 LOCK := --quiet --universal --python-version 3.11 --no-header --no-emit-index-url \
   --no-emit-find-links --upgrade
 
-.PHONY: help eval test bench bench-gpu precision sanitize fuzz tpu docs lint types check lock clean
+.PHONY: help eval test slow bench bench-gpu precision sanitize fuzz tpu docs lint types check lock clean
 
 help:
 	@echo "make eval    set up and score the quickstart checkpoint on its held-out questions"
 	@echo "make test    set up and run the tests"
+	@echo "make slow    the longest tests: dozens of kills, a fault at every request; 5 minutes"
 	@echo "make bench   set up other engines and measure flaxqa beside them; 20 minutes on 2 cores"
 	@echo "make bench-gpu  the same on this machine's accelerator, beside torch; 8 minutes on an H100"
 	@echo "make precision  what bfloat16 and float8 cost in EM and F1; 8 minutes on 2 cores"
@@ -29,6 +30,9 @@ eval: .venv/.run
 
 test: .venv/.test
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+slow: .venv/.test
+	$(BIN)/python -m pytest -m slow
 
 bench: .venv/.bench
 	$(BIN)/flaxqa compare --config bench $(SUBJECT)

@@ -20,7 +20,6 @@ from flaxqa.eval import questions as dataset
 
 MODEL = str(QUICKSTART / "checkpoint")
 QUESTIONS = 130
-KILLS = int(os.environ.get("FLAXQA_KILLS", "4"))
 
 
 @pytest.fixture(scope="module")

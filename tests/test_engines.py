@@ -17,7 +17,6 @@ import pytest
 from conftest import ROOT
 from test_batch import (  # noqa: F401 (fixtures)
     GOOD,
-    KILLS,
     MODEL,
     QUESTIONS,
     configured,
@@ -74,15 +73,16 @@ def computed_shards(output):
     return collections.Counter(json.loads(line)["shard"] for line in lines)
 
 
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
-    long_source, long_undisturbed, tmp_path
+    long_source, long_undisturbed, tmp_path, kills
 ):
     reference, seconds = long_undisturbed
     rng = random.Random(0)
     killed = 0
-    while killed < KILLS:
+    while killed < kills:
         output = tmp_path / f"out{killed}"
-        while killed < KILLS:
+        while killed < kills:
             process = subprocess.Popen(
                 command(long_source, output, "--shard-size", "100"), env=environment(),
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -423,6 +423,7 @@ def test_the_held_out_set_has_the_reference_answers(tmp_path):
     assert metrics["f1"] == pytest.approx(71.9605, abs=0.035)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_bfloat16_scores_the_held_out_set_as_float32_does(tmp_path):
     assert held_out(tmp_path, "bfloat16")["f1"] == pytest.approx(71.9605, abs=0.1)

@@ -267,8 +267,9 @@ def fail_request(server, number, status=500):
     return failed
 
 
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_fault_at_every_point_ends_with_75_and_is_resumed(
-    bucket, server, reader, tmp_path, monkeypatch
+    bucket, server, reader, tmp_path, monkeypatch, every
 ):
     monkeypatch.setattr(stores, "TRIES", 1)
     (tmp_path / "in.jsonl").write_bytes(LINES)
@@ -283,7 +284,7 @@ def test_a_fault_at_every_point_ends_with_75_and_is_resumed(
     run(f"{bucket}/whole")
     total = len(server.requests) - begin
     kinds = set()
-    for number in range(2, total + 1):  # the first puts the input
+    for number in range(2, total + 1, every):  # the first puts the input
         out = f"{bucket}/out{number}"
         failed = fail_request(server, number)
         with pytest.raises(TryAgain, match=bucket):
@@ -292,7 +293,8 @@ def test_a_fault_at_every_point_ends_with_75_and_is_resumed(
         server.fault = lambda method, path: None
         assert run(out).complete
         assert parts_of(out) == wanted, number
-    assert kinds == {"GET", "PUT", "LIST", "HEAD", "DELETE"}
+    if every == 1:
+        assert kinds == {"GET", "PUT", "LIST", "HEAD", "DELETE"}
     assert total > 30
 
 
