@@ -8,7 +8,6 @@ import os
 import re
 import stat
 import tempfile
-import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +32,9 @@ def local(name: str | Path) -> Path:
                 f"{name} is a URL that cannot be used here: local files and folders can, and for "
                 f"inputs, checkpoints, configs and the outputs of predict, eval and score {kinds}"
             )
-        name = urllib.request.url2pathname(str(name)[len("file://") :])
+        from urllib.request import url2pathname  # with modules for the network that few need
+
+        name = url2pathname(str(name)[len("file://") :])
     path = Path(name)
     try:
         path.stat()

@@ -8,13 +8,10 @@ pauses where the store is busy or the network fails, and what is left of an erro
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import json
 import os
-import random
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -105,7 +102,8 @@ def call(url: str, function: Callable[..., Value], *args: Any, **kwargs: Any) ->
         except Exception as error:  # of the network, in the kinds of whichever library
             ours = told(url, error)
             if isinstance(ours, TryAgain) and attempt < TRIES:
-                time.sleep(PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1))  # noqa: S311
+                apart = 0.5 + os.urandom(1)[0] / 512  # so that many do not come back together
+                time.sleep(PAUSE * 2 ** (attempt - 1) * apart)
                 continue
             if ours is error:
                 raise
@@ -290,6 +288,8 @@ def prove_writable(url: str) -> None:
 
 def cache(kind: str, key: str) -> Path:
     """A folder of the user's cache, $XDG_CACHE_HOME/flaxqa or ~/.cache/flaxqa, for a key."""
+    import hashlib
+
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return base / "flaxqa" / kind / hashlib.sha256(key.encode()).hexdigest()[:32]
 
@@ -299,6 +299,8 @@ def folder_of(url: str, names: Iterable[str], states: Mapping[str, State]) -> Pa
 
     Named by their states, so that it never has others than those asked for.
     """
+    import shutil
+
     chosen = sorted(names)
     folder = cache("fetched", json.dumps([url, [(name, states[name]) for name in chosen]]))
     if folder.is_dir():

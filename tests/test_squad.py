@@ -140,7 +140,7 @@ def test_a_file_that_is_not_squad_is_refused_by_place(tmp_path, broken, message)
     ("raw", "message"),
     [
         (b'{"data": [', "is not JSON"),
-        (b"\xff\xfe\x00", "is not"),
+        (b"\xff\xfe\x00", "is UTF-16"),
         (b"[" * 100_000, "is not JSON"),
         (None, "is missing"),
     ],
