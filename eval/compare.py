@@ -48,6 +48,7 @@ from .worker import Worker
 
 Given = tuple[questions.Data, dict[str, Any]] | None
 REFERENCE = "jax-model"
+USUAL = ("model.safetensors", "model.safetensors.index.json")
 PACKAGES = (
     "flaxqa", "jax", "jaxlib", "torch", "transformers", "onnx", "onnxruntime", "openvino",
     "tensorflow-cpu", "tensorflow", "numpy", "tokenizers",
@@ -115,7 +116,8 @@ class Field:
         if config.width is not None:
             wider = widen.widened(self.loaded, config.width, self.folder / "model")
             self.loaded = checkpoint.load(wider)
-        elif self.loaded.notes or config.weights is not None:  # as every framework can read it
+        elif self.loaded.notes or self.loaded.weights_file not in USUAL:
+            # As every framework can read it.
             usual, loaded = self.folder / "model", self.loaded
             checkpoint.save(loaded.model, usual, tokenizer=loaded.tokenizer)
             self.loaded = checkpoint.load(usual)

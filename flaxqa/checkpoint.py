@@ -500,7 +500,7 @@ def harmless(name: str, tensor: np.ndarray, model_type: str) -> str | None:
         return "the positions 0, 1, 2, ... as a buffer, as transformers before 4.31 stored them"
     if name in ("pooler.dense.weight", "pooler.dense.bias") and model_type == "bert":
         return "the pooler, for classifying whole texts: question answering does not use it"
-    if any(name.startswith(head) for head in PRETRAINING_HEADS[model_type]):
+    if any(name.startswith(head) for head in PRETRAINING_HEADS.get(model_type, ())):
         return "a head of pretraining: question answering does not use it"
     return None
 

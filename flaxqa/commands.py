@@ -35,7 +35,9 @@ def ask(command: Ask) -> int:
     loaded = reader.load(**command.of(ModelOptions), **options)
     found = loaded.answer(command.question, context, **command.of(AnswerOptions))
     if found.question_cut:
-        limit = features.question_limit(loaded.max_length, loaded.doc_stride)
+        limit = features.default_question_limit(
+            loaded.max_length, loaded.doc_stride, loaded.windows
+        )
         print(f"flaxqa: the question was cut to its first {limit} tokens", file=sys.stderr)
     if command.json or not sys.stdout.isatty():
         result = {

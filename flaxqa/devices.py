@@ -18,6 +18,21 @@ import jax
 
 from flaxqa.errors import UsageError, check_integers
 
+STARTED: list[int] = []  # the process in which JAX was first used here
+
+
+def refuse_fork() -> None:
+    """Raises: UsageError: this process is a fork of one in which JAX runs.
+
+    What is compiled already runs there; XLA's compiler would wait for threads that a fork has not.
+    """
+    if STARTED and STARTED[0] != os.getpid():
+        raise UsageError(
+            "this process is a fork of one in which JAX runs, and nothing can be compiled in it. "
+            "Start processes by spawn (multiprocessing.get_context('spawn')), use JAX in them "
+            "alone, or let the reader answer such a question before the fork"
+        )
+
 
 def local_devices(number: int | Sequence[jax.Device] | None) -> list[jax.Device]:
     """The first `number` devices of this process, or all of them; devices as they are."""
@@ -25,7 +40,9 @@ def local_devices(number: int | Sequence[jax.Device] | None) -> list[jax.Device]
         check_integers(devices=number)
     if isinstance(number, Sequence):
         return list(number)
+    refuse_fork()
     devices = jax.local_devices()
+    STARTED[:] = [os.getpid()]
     if number is None:
         return devices
     if not 1 <= number <= len(devices):

@@ -223,6 +223,11 @@ def type_by_names(config: Mapping[str, Any]) -> str | None:
 def read_config(config: Mapping[str, Any]) -> EncoderConfig:
     """The config that the `model_type` of a whole `config.json` asks for; see `from_dict`."""
     model_type = config["model_type"] if "model_type" in config else type_by_names(config)
+    if model_type is None and "model_type" not in config:
+        raise ModelRejected(
+            "it has no model_type, and neither its architectures nor its fields tell it; add "
+            f'"model_type": one of {", ".join(CONFIGS)}, if it is that'
+        )
     if not isinstance(model_type, str) or model_type not in CONFIGS:
         raise ModelRejected(
             f"model_type is {model_type!r}, only {' and '.join(map(repr, CONFIGS))} are computed"

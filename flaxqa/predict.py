@@ -29,6 +29,7 @@ from flaxqa.devices import (
     keep_freed_memory,
     local_devices,
     processor_flags,
+    refuse_fork,
 )
 from flaxqa.errors import TryAgain, UsageError
 from flaxqa.features import Feature, Windows
@@ -359,6 +360,7 @@ class Predictor:
         searches = [each for each in searches if each not in self.searches]
         if not new and not searches:
             return
+        refuse_fork()
         began = time.perf_counter()
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             runs = pool.map(self.compile_shape, new)

@@ -14,6 +14,8 @@ import dataclasses
 import heapq
 import math
 import time
+import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -33,6 +35,7 @@ from flaxqa.errors import (
     check_integers,
 )
 from flaxqa.features import Example, Windows
+from flaxqa.plan import Shape
 from flaxqa.spans import Logits
 from flaxqa.tokens import Tokens
 
@@ -156,8 +159,16 @@ def load(
     return Reader(loaded, **options)
 
 
-def restored(name: str, revision: str | None, weights: str, options: dict[str, Any]) -> Reader:
+# Those of this process, and after a fork those of its parent, by their tokens.
+READERS: weakref.WeakValueDictionary[str, Reader] = weakref.WeakValueDictionary()
+
+
+def restored(
+    token: str, name: str, revision: str | None, weights: str, options: dict[str, Any]
+) -> Reader:
     """The reader that was pickled; see `Reader.__reduce__`."""
+    if (known := READERS.get(token)) is not None:
+        return known
     return load(name, revision=revision, weights=weights, **options)
 
 
@@ -176,6 +187,8 @@ class Reader:
     def __init__(self, loaded: Checkpoint, **options: Any):
         """Takes the options of `flaxqa.config.ReaderOptions`; the dtype is the checkpoint's."""
         self.options = chosen = ReaderOptions(**options)
+        self.token = uuid.uuid4().hex
+        READERS[self.token] = self
         max_length, doc_stride, windows = chosen.max_length, chosen.doc_stride, chosen.windows
         check_integers(doc_stride=doc_stride)
         if max_length is None:
@@ -190,12 +203,18 @@ class Reader:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """By the checkpoint's name and the options: who unpickles it loads it anew."""
+        """By the checkpoint's name and the options: another process loads it anew.
+
+        A fork has it already, and cannot compile; so all that the native kernels need is compiled
+        before.
+        """
         options = {**vars(self.options), "dtype": str(self.checkpoint.model.dtype)}
         if not isinstance(options["devices"], int | None):
             raise TypeError("a reader on a list of devices cannot be pickled; give their number")
-        loaded = self.checkpoint
-        return restored, (loaded.name, loaded.commit, loaded.weights_file, options)
+        loaded, predictor = self.checkpoint, self.predictor
+        if predictor.kernels == "native":
+            predictor.compile(Shape(tokens, tokens) for tokens in predictor.row_tokens)
+        return restored, (self.token, loaded.name, loaded.commit, loaded.weights_file, options)
 
     def __repr__(self) -> str:
         config = self.checkpoint.config

@@ -2,7 +2,10 @@
 
 import json
 import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -21,8 +24,8 @@ from test_model import largest_difference, torch_output
 from test_weights import Payload, write_safetensors, write_torch
 
 import flaxqa
-from flaxqa import checkpoint, weights
-from flaxqa.errors import ModelRejected
+from flaxqa import checkpoint, native, weights
+from flaxqa.errors import ModelRejected, UsageError
 
 NAMES = {"distilbert": random_torch_model, "bert": random_torch_bert}
 
@@ -260,7 +263,7 @@ def test_a_bert_config_without_a_model_type_needs_its_class(bert_folder):
             json.dumps({"model_type": "", **json.loads((bert_folder / "config.json").read_text())})
         )
         old_config(bert_folder, architectures=classes)
-        with pytest.raises(ModelRejected, match="model_type is None"):
+        with pytest.raises(ModelRejected, match='no model_type.*; add "model_type"'):
             checkpoint.load(bert_folder)
 
 
@@ -345,3 +348,35 @@ def test_a_reader_works_after_fork(reader):
     HELD["reader"], wanted = reader, asked(reader, 3)
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply_async(asked_of_parent, (3,)).get(60) == wanted
+
+
+MAPPED = """
+import datasets, flaxqa
+
+reader = flaxqa.load({model!r})
+rows = datasets.Dataset.from_list([{{"question": "Where?", "context": "In Turin."}}] * 40)
+found = rows.map(flaxqa.QuestionAnswerer(reader), batched=True, batch_size=10, num_proc=2)
+print(len(found), set(found["error"]))
+"""
+
+
+def test_datasets_maps_a_reader_in_several_processes(tmp_path):
+    if native.library().problem is not None:
+        pytest.skip(f"XLA compiles more than one program: {native.library().problem}")
+    code = MAPPED.format(model=str(QUICKSTART / "checkpoint"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["40", "{''}"], done.stderr
+
+
+def load_again():
+    with pytest.raises(UsageError, match="a fork of one in which JAX runs"):
+        flaxqa.load(QUICKSTART / "checkpoint")
+
+
+@pytest.mark.filterwarnings("ignore:os.fork", "ignore:This process")
+def test_what_would_wait_for_ever_in_a_fork_is_refused(reader):
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        pool.apply_async(load_again).get(60)
