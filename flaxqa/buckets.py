@@ -3,6 +3,7 @@
     part-00000-of-00042.parquet            answers
     _errors/part-00000-of-00042.jsonl      what was set aside of a shard
     _manifest/part-00000-of-00042.json     that a part is finished: its rows, sha256 and state
+    _manifest/rolled-0.jsonl               the same of many parts, so that few objects are read
     _run.json, _plan.json                  what was asked of whom; the shards
     errors.jsonl, _manifest.jsonl, _SUCCESS   written at the end
 
@@ -44,6 +45,8 @@ from flaxqa.parts import (
 from flaxqa.records import Plan
 
 NOTES = "_manifest"
+ROLLED = f"{NOTES}/rolled-"  # begins the names of what has many entries
+ROLLED_AFTER = 500  # parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +135,7 @@ class BucketOutput(Output):
         self.directory, self.share = directory.rstrip("/"), share
         self.finished: dict[int, Entry] = {}
         self.states: dict[str, stores.State] = {}
+        self.noted_here = 0
         stores.prove_writable(self.directory)
 
     def __exit__(self, *error: object) -> None:
@@ -177,8 +181,9 @@ class BucketOutput(Output):
         for part in known:
             own |= {part + suffix for suffix in SUFFIXES.values()}
             own |= {f"{FRAGMENTS}/{part}.jsonl", f"{NOTES}/{part}.json"}
-        probes = {name for name in self.states if name.startswith(stores.PROBE)}
-        if strangers := [name for name in self.states if name not in own | probes]:
+        ours = (stores.PROBE, ROLLED)
+        if strangers := [name for name in self.states
+                         if name not in own and not name.startswith(ours)]:  # fmt: skip
             raise UsageError(
                 f"{self.directory} has what this run did not write: {some_of(strangers)}. Nothing "
                 "is removed; choose another directory"
@@ -192,6 +197,8 @@ class BucketOutput(Output):
         self.states = stores.states_below(self.directory)
         plan, self.finished = self.place.plan, {}
         for entry in self.noted():
+            if entry.shard in self.finished:
+                continue
             known = entry.run_key == self.place.run_key and entry.shard < len(plan.shards)
             name = self.place.name(entry.shard) + self.place.suffix
             if known and entry.part == name and self.is_whole(entry):
@@ -230,20 +237,30 @@ class BucketOutput(Output):
         return [one for one in own if one in self.states]
 
     def noted(self) -> Iterator[Entry]:
-        """What the manifest objects tell; of a complete run its one manifest."""
-        names = [name for name in self.states if name.startswith(f"{NOTES}/")]
-        if MANIFEST in self.states and SUCCESS in self.states:
-            lines = self.content(MANIFEST).splitlines()
-            if len(lines) == len(names):
-                yield from entries_of(lines)
-                return
-        yield from entries_of(stores.read_many(map(self.path, names)).values())
+        """What the manifests tell: those of many parts first, then the others one by one.
+
+        An entry that is told already, of a part in its state, is not read again.
+        """
+        many = [name for name in self.states if name == MANIFEST or name.startswith(ROLLED)]
+        told = set()
+        for content in stores.read_many(map(self.path, many)).values():
+            for entry in entries_of(content.splitlines()):
+                if self.states.get(entry.part) == entry.state:
+                    told.add(f"{NOTES}/{PurePosixPath(entry.part).stem}.json")
+                    yield entry
+        every = [name for name in self.states if name.startswith(f"{NOTES}/")]
+        singly = [name for name in every if name not in told and name not in many]
+        yield from entries_of(stores.read_many(map(self.path, singly)).values())
 
     def note(self, entry: Entry) -> None:
         """Writes a part's manifest object; when this returns the part counts."""
         name = PurePosixPath(entry.part).stem
         self.put(f"{NOTES}/{name}.json", line_of(entry))
         self.finished[entry.shard] = entry
+        self.noted_here += 1
+        if self.noted_here % ROLLED_AFTER == 0:
+            lines = b"".join(line_of(one) + b"\n" for one in self.finished.values())
+            self.put(f"{ROLLED}{self.share[0] if self.share else 0}.jsonl", lines)
 
     def finalize(self) -> dict[str, Any]:
         """As that of `Output`, of parts that a listing still has."""

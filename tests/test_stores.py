@@ -13,7 +13,7 @@ import s3
 from conftest import QUICKSTART
 
 import flaxqa
-from flaxqa import batch, cli, config, inputs, stores
+from flaxqa import batch, buckets, cli, config, inputs, stores
 from flaxqa.errors import DataError, TryAgain, UsageError
 from flaxqa.eval import questions
 
@@ -183,11 +183,29 @@ def test_whoever_is_first_counts(bucket, reader, expected):
     source, out = put_input(bucket), f"{bucket}/out"
     name = "part-00002-of-00008"
     batch.predict(options(source, out), reader=reader)
-    stores.remove([f"{out}/_manifest/{name}.json", f"{out}/_SUCCESS"])
+    stores.remove(
+        f"{out}/{one}" for one in (f"_manifest/{name}.json", "_manifest.jsonl", "_SUCCESS")
+    )
     before = stores.state_of(f"{out}/{name}.parquet")
     assert batch.predict(options(source, out), reader=reader).computed == 8
     assert stores.state_of(f"{out}/{name}.parquet") == before
     assert parts_of(out) == expected
+
+
+def test_many_finished_parts_are_told_by_few_objects(bucket, server, reader, expected, monkeypatch):
+    monkeypatch.setattr(buckets, "ROLLED_AFTER", 3)
+    source, out = put_input(bucket), f"{bucket}/out"
+    batch.predict(options(source, out), reader=reader)
+    stores.remove([f"{out}/_SUCCESS", f"{out}/_manifest.jsonl"])
+    stores.put(f"{out}/part-00001-of-00008.parquet", b"damaged")
+    begin = len(server.requests)
+    assert batch.predict(options(source, out), reader=reader).computed == 8
+    read = [path for method, path in server.requests[begin:]
+            if method == "GET" and "/_manifest/part-" in path]  # fmt: skip
+    assert len(read) == 3  # the damaged one, and two that came after the last roll
+    assert parts_of(out) == expected
+    batch.predict(options(source, out, top_k=2), reader=reader, restart=True)
+    assert [name for name in stores.states_below(out) if "rolled" in name] != []
 
 
 # --- kills and several writers ---
