@@ -368,7 +368,9 @@ def refuse_stand_in(one: Input) -> None:
     if one.format not in BINARY and one.compression is None:
         if (kind := compression_of(start)) is not None:
             suffix = next(each for each, name in COMPRESSIONS.items() if name == kind)
-            reason = f"is compressed by {kind}, which its name does not tell; call it ...{suffix}"
+            reason = (
+                f"is compressed by {kind}, and its name does not say so; it should end in {suffix}"
+            )
         elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             reason = "is UTF-16; convert it: iconv -f utf-16 -t utf-8"
     if reason is not None:

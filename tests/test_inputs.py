@@ -67,7 +67,7 @@ def test_a_damaged_compressed_file_is_read_as_far_as_it_goes(tmp_path, suffix, c
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(LINES), "compressed by gzip.*call it ....gz"),
+        (gzip.compress(LINES), "compressed by gzip.*end in .gz"),
         (lzma.compress(LINES), "compressed by xz"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "pointer of Git LFS"),
         (b"<!doctype html><p>Sign in", "an HTML page"),
