@@ -48,7 +48,6 @@ from .worker import Worker
 
 Given = tuple[questions.Data, dict[str, Any]] | None
 REFERENCE = "jax-model"
-USUAL = ("model.safetensors", "model.safetensors.index.json")
 PACKAGES = (
     "flaxqa", "jax", "jaxlib", "torch", "transformers", "onnx", "onnxruntime", "openvino",
     "tensorflow-cpu", "tensorflow", "numpy", "tokenizers",
@@ -93,7 +92,7 @@ class Field:
         """
         import jax
 
-        from flaxqa import checkpoint
+        from flaxqa import checkpoint, weights
 
         from . import widen
 
@@ -116,7 +115,7 @@ class Field:
         if config.width is not None:
             wider = widen.widened(self.loaded, config.width, self.folder / "model")
             self.loaded = checkpoint.load(wider)
-        elif self.loaded.notes or self.loaded.weights_file not in USUAL:
+        elif self.loaded.notes or not self.loaded.weights_file.startswith(weights.SAFETENSORS):
             # As every framework can read it.
             usual, loaded = self.folder / "model", self.loaded
             checkpoint.save(loaded.model, usual, tokenizer=loaded.tokenizer)

@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -89,7 +90,9 @@ def evaluate(
         names = [path.name for path in output.iterdir() if not path.name.startswith(".")]
         for name in sorted(names, key=lambda name: name == "run.json"):  # which comes last
             stores.put(stores.below(config.output, name), (output / name).read_bytes())
-    partial.path.unlink()
+        shutil.rmtree(output)
+    else:
+        partial.path.unlink()
     return metrics
 
 

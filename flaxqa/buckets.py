@@ -37,7 +37,6 @@ from flaxqa.parts import (
     Output,
     Place,
     line_of,
-    part_name,
     sealed,
     some_of,
     unsealed,
@@ -55,64 +54,29 @@ class BucketPlace(Place):
 
     directory: str  # type: ignore[assignment]
 
-    def url(self, name: str) -> str:
+    def part(self, name: str) -> str:
         return stores.below(self.directory, name)
 
-    def write(
-        self,
-        shard: int,
-        content: bytes,
-        rows: int,
-        errors: list[bytes],
-        computed_by: Mapping[str, Any],
-    ) -> Entry:
-        """Creates a part and what was set aside; where somebody was first, theirs counts."""
-        name, fragment = self.name(shard), b"".join(errors)
-        set_aside, part = len(errors), self.url(name + self.suffix)
-        if errors:
-            fragment = self.created(self.url(f"{FRAGMENTS}/{name}.jsonl"), fragment)
-            set_aside = fragment.count(b"\n")
-        there = self.created(part, content)
-        if there is not content and (found := self.rows_in(there, part)) != rows:
-            raise DataError(
-                f"{part} has {found} answers and not {rows}; it is not of this run. --restart "
-                "begins anew"
-            )
-        state = stores.state_of(part)
-        if state is None:
-            raise TryAgain(f"{part} was removed while the run goes on")
-        return Entry(
-            shard=shard,
-            part=name + self.suffix,
-            rows=rows,
-            sha256=hashlib.sha256(there).hexdigest(),
-            set_aside=set_aside,
-            errors_sha256=hashlib.sha256(fragment).hexdigest() if errors else None,
-            run_key=self.run_key,
-            computed_by=computed_by,
-            state=state,
-        )
+    def fragment(self, shard: int) -> str:  # type: ignore[override]
+        return self.part(f"{FRAGMENTS}/{self.name(shard)}.jsonl")
 
-    def created(self, url: str, content: bytes) -> bytes:
-        """What an object has: this content, or that of whoever was first; then it stays."""
-        if stores.create(url, content):
-            return content
-        try:
-            there = stores.read(url)
-        except FileNotFoundError as error:
-            raise TryAgain(f"{url} was removed while the run goes on") from error
-        return content if there == content else there
+    def stored(self, path: str, content: bytes) -> tuple[str, stores.State]:
+        """Creates an object; where somebody was first, theirs counts.
 
-    def rows_in(self, content: bytes, part: str) -> int:
-        """The answers in the bytes of a part."""
-        if self.suffix != SUFFIXES["parquet"]:
-            return content.count(b"\n")
-        import pyarrow.parquet as pq
-
-        try:
-            return int(pq.read_metadata(io.BytesIO(content)).num_rows)
-        except ValueError as error:
-            raise DataError(f"{part} cannot be read: {error}") from error
+        Raises:
+          DataError: theirs has not as many records.
+        """
+        if not stores.create(path, content):
+            try:
+                there = stores.read(path)
+            except FileNotFoundError as error:
+                raise TryAgain(f"{path} was removed while the run goes on") from error
+            if there != content and records_in(path, there) != records_in(path, content):
+                raise DataError(f"{path} is not of this run; --restart begins anew")
+            content = there
+        if (state := stores.state_of(path)) is None:
+            raise TryAgain(f"{path} was removed while the run goes on")
+        return hashlib.sha256(content).hexdigest(), state
 
     def counts(self, entry: Entry) -> tuple[int, int]:
         """As the entry has them: a part in the state that it tells of has the bytes of then."""
@@ -174,16 +138,15 @@ class BucketOutput(Output):
 
     def remove_all(self) -> None:
         """As that of `Output`; the run itself last, so that what is cut short can be repeated."""
-        run, planned = self.read(RUN), self.read(PLAN)
-        known = {part_name(shard, len(planned["shards"]))
-                 for shard in range(len(planned["shards"]))} if planned else set()  # fmt: skip
-        own = {RUN, PLAN, MANIFEST, SUCCESS, ERRORS} if run else {RUN, PLAN}
-        for part in known:
+        own, ours = {RUN, PLAN}, [stores.PROBE]
+        if RUN in self.states:
+            own |= {MANIFEST, SUCCESS, ERRORS}
+            ours.append(ROLLED)
+        for part in self.known():
             own |= {part + suffix for suffix in SUFFIXES.values()}
             own |= {f"{FRAGMENTS}/{part}.jsonl", f"{NOTES}/{part}.json"}
-        ours = (stores.PROBE, ROLLED)
         if strangers := [name for name in self.states
-                         if name not in own and not name.startswith(ours)]:  # fmt: skip
+                         if name not in own and not name.startswith(tuple(ours))]:  # fmt: skip
             raise UsageError(
                 f"{self.directory} has what this run did not write: {some_of(strangers)}. Nothing "
                 "is removed; choose another directory"
@@ -191,6 +154,9 @@ class BucketOutput(Output):
         names = sorted(self.states, key=lambda name: (name != SUCCESS, name in (RUN, PLAN)))
         stores.remove(self.path(name) for name in names)
         self.states = {}
+
+    def is_there(self, name: str) -> bool:
+        return name in self.states
 
     def find_finished(self) -> None:
         """Finds the parts that are there in the state that their manifest objects tell."""
@@ -214,16 +180,15 @@ class BucketOutput(Output):
     def is_whole(self, entry: Entry) -> bool:
         """Whether a part and what belongs to it are as they were written.
 
-        What the listing does not have is asked for: others may have written it meanwhile.
+        What the listing has otherwise is asked for: others may have written it meanwhile.
         """
         fragment = f"{FRAGMENTS}/{PurePosixPath(entry.part).stem}.jsonl"
-        part = self.states.get(entry.part)
-        if part != entry.state:
-            part = stores.state_of(self.path(entry.part))
-        return part == entry.state and (
-            entry.errors_sha256 is None
-            or fragment in self.states
-            or stores.state_of(self.path(fragment)) is not None
+        wanted = [(entry.part, entry.state)]
+        if entry.errors_sha256 is not None:
+            wanted.append((fragment, entry.errors_state))
+        return all(
+            self.states.get(name) == state or stores.state_of(self.path(name)) == state
+            for name, state in wanted
         )
 
     def left_of_all(self) -> list[int]:
@@ -269,7 +234,7 @@ class BucketOutput(Output):
         return super().finalize()
 
     def join(self, entries: Sequence[Entry]) -> None:
-        urls = [self.path(f"{FRAGMENTS}/{self.place.name(entry.shard)}.jsonl") for entry in entries]
+        urls = [self.place.fragment(entry.shard) for entry in entries]
         found = stores.read_many(urls)
         for entry, url in zip(entries, urls, strict=True):
             content = found.get(url)
@@ -282,9 +247,23 @@ class BucketOutput(Output):
         self.put(MANIFEST, lines)
 
 
+def records_in(path: str, content: bytes) -> int:
+    """How many records the bytes of a part have, or of what was set aside."""
+    if not path.endswith(SUFFIXES["parquet"]):
+        return content.count(b"\n")
+    import pyarrow.parquet as pq
+
+    try:
+        return int(pq.read_metadata(io.BytesIO(content)).num_rows)
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
 def entries_of(lines: Any) -> Iterator[Entry]:
     """The entries that are whole."""
     for line in lines:
         if (content := unsealed(line)) is not None:
-            with contextlib.suppress(TypeError):  # of another version
-                yield Entry(**{**content, "state": tuple(content["state"] or ())})
+            with contextlib.suppress(TypeError, LookupError):  # of another version
+                states = {name: tuple(content[name]) for name in ("state", "errors_state")
+                          if content[name] is not None}  # fmt: skip
+                yield Entry(**{**content, **states})

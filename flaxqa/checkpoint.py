@@ -279,7 +279,7 @@ def fetched(url: str, weights_file: str | None) -> Path:
               "vocab.txt"} & states.keys()  # fmt: skip
     usual = weights.FORMATS if weights_file is None else (weights_file,)
     found = next((name for name in usual if name in states), None)
-    chosen |= {found} if found is not None else {one for one in states if weights.is_weights(one)}
+    chosen |= {found} if found is not None else set(weights.candidates(states))
     if found is not None and found.endswith(weights.INDEX):
         index = stores.folder_of(url, [found], states) / found
         chosen |= set(weights.weight_map(index).values()) & states.keys()

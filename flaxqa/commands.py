@@ -168,13 +168,9 @@ def summary(metrics: dict[str, Any], output: str) -> None:
         for stage in ("load", "compile", "tokenize", "device", "decode", "score")
     )
     part = f", the first {metrics['limit']} only" if metrics["limit"] else ""
+    scores = "   ".join(f"{one.label} {scored(name)}" for name, one in METRICS.items())
     lines = [
-        "   ".join(
-            [
-                *(f"{one.label} {scored(name)}" for name, one in METRICS.items()),
-                "95 % bootstrap intervals",
-            ]
-        ),
+        f"{scores}   95 % bootstrap intervals",
         f"{metrics['total']:,} questions{part}, {metrics['n_windows']:,} windows, "
         f"{metrics['padding_share']:.1%} padding",
         f"{metrics['questions_per_second']:,.1f} questions/s, "

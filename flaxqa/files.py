@@ -79,9 +79,9 @@ def read_named(name: str | Path) -> bytes:
     return path.read_bytes()
 
 
-def open_input(path: str) -> IO[bytes]:
-    """A file, or an object of a store, for reading."""
-    return stores.open_object(path) if stores.is_url(path) else open(path, "rb")
+def open_input(path: str, block: int = stores.BLOCK) -> IO[bytes]:
+    """A file, or an object of a store, for reading; of that so many bytes at once."""
+    return stores.open_object(path, block) if stores.is_url(path) else open(path, "rb")
 
 
 def working_directory(output: str) -> Path:

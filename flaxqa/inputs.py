@@ -14,8 +14,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path, PurePosixPath
 
 from flaxqa import stores
 from flaxqa.config import DataOptions
@@ -74,7 +74,7 @@ def find(
         elif path.is_dir():
             finder.take_folder(path, name)
         elif path.is_file():
-            finder.take(path, path.name)
+            finder.take_file(path, path.name)
         elif path.exists():
             finder.problems.append(f"{name} is no file: a device or a socket")
         elif glob.has_magic(name):
@@ -102,13 +102,16 @@ class Finder:
         self.named: dict[str, str] = {}
         self.problems: list[str] = []
 
-    def take(self, path: Path, name: str) -> None:
-        """A file."""
+    def take(self, path: str, name: str, written: str) -> None:
+        """A file, or an object, and what the user would write."""
         try:
             self.found.append(file_input(path, name, self.options, self.unnamed))
-            self.named[self.found[-1].path] = path.as_posix()
+            self.named[path] = written
         except UsageError as error:
             self.problems.append(str(error))
+
+    def take_file(self, path: Path, name: str) -> None:
+        self.take(str(path.resolve()), name, path.as_posix())
 
     def take_pipe(self, name: str) -> None:
         """Standard input or a FIFO, which can be read but once: as a file."""
@@ -132,7 +135,8 @@ class Finder:
             self.problems.append(f"{name} has no name that tells a format; give --input-format")
             return
         start = start_of(path)
-        called = "stdin" if name in STDIN else name
+        # The shell numbers its pipes as it likes; a run that goes on must find the same name.
+        called = "stdin" if name in STDIN or name.startswith("/dev/fd/") else Path(name).name
         self.found.append(
             Input(str(path), called, kind, compression_of(start), self.options.encoding,
                   delimiter_of(self.options))
@@ -141,52 +145,39 @@ class Finder:
     def take_url(self, url: str) -> None:
         """An object, those below a URL, or those that a pattern matches."""
         url = url.rstrip("/")
+        root = re.split(r"[*?[]", url)[0].rpartition("/")[0]  # as of a pattern and of an object
         if glob.has_magic(url):
-            root, found = url[: re.search(r"[*?[]", url).start()].rpartition("/")[0], (  # type: ignore[union-attr]
-                stores.matching(url))  # fmt: skip
+            found = stores.matching(url)
         elif (info := stores.info_of(url)) is not None and info["type"] == "file":
-            root, found = url.rpartition("/")[0], [url]
+            found = [url]
         else:
-            root, found = url, [stores.below(url, name) for name in self.names_below(url)]
+            names = [*stores.states_below(url)]
+            read = lambda name: stores.read(stores.below(url, name))  # noqa: E731
+            chosen = data_files(names, read, self.split, url, self.problems)
+            root, found = url, [stores.below(url, name) for name in chosen]
         if not found:
             self.problems.append(f"{url} has no files of {', '.join(SUFFIXES)}")
         for each in found:
-            try:
-                one = file_input(Path(each.removeprefix(root).lstrip("/")), "", self.options,
-                                 self.unnamed)  # fmt: skip
-            except UsageError as error:
-                self.problems.append(str(error))
-                continue
-            name = each.removeprefix(root).lstrip("/")
-            self.found.append(dataclasses.replace(one, path=each, name=name))
-            self.named[each] = each
+            self.take(each, each.removeprefix(root).lstrip("/"), each)
 
-    def names_below(self, url: str) -> list[str]:
-        """The names of the objects below a URL that can be input; as `below` and `saved_files`."""
-        names = [*stores.states_below(url)]
-        folder = f"{self.split}/" if "dataset_dict.json" in names else ""
-        if {f"{folder}state.json", f"{folder}dataset_info.json"} <= {*names}:
-            try:
-                state = json.loads(stores.read(stores.below(url, f"{folder}state.json")))
-                return [folder + one["filename"] for one in state["_data_files"]]
-            except (ValueError, LookupError, TypeError) as error:
-                self.problems.append(f"{url}/{folder}state.json is damaged: {error!r}")
-                return []
-        return [
-            name for name in names
-            if not any(part.startswith((".", "_")) for part in name.split("/"))
-            and kind_of(Path(name))[0] is not None
-        ]  # fmt: skip
-
-    def take_folder(self, path: Path, name: str) -> None:
-        """All files of a folder, or the data set that it is."""
-        files = saved_files(path, self.split, self.problems)
-        if files is None:
-            files = below(path, self.problems)
-            if not files:
-                self.problems.append(f"{name} has no files of {', '.join(SUFFIXES)}")
-        for each in files:
-            self.take(each, each.relative_to(path).as_posix())
+    def take_folder(self, folder: Path, name: str) -> None:
+        """All files of a folder, or the data set that it is; not what a link leads out to."""
+        files = (path for path in folder.rglob("*") if path.is_file())
+        names = sorted(path.relative_to(folder) for path in files)
+        read = lambda one: (folder / one).read_bytes()  # noqa: E731
+        chosen = data_files(
+            [one.as_posix() for one in names], read, self.split, name, self.problems
+        )
+        if not chosen:
+            self.problems.append(f"{name} has no files of {', '.join(SUFFIXES)}")
+        for one in chosen:
+            path = folder / one
+            if path.resolve().is_relative_to(folder.resolve()):
+                self.take_file(path, one)
+            else:
+                self.problems.append(
+                    f"{path} is a link that leads out of {folder}; name its target instead"
+                )
 
     def take_pattern(self, name: str) -> None:
         """All files that it matches."""
@@ -195,7 +186,7 @@ class Finder:
             self.problems.append(f"{name} matches no file")
         root = os.path.commonpath([str(Path(each).parent) for each in matches] or ["."])
         for match in matches:
-            self.take(Path(match), os.path.relpath(match, root))
+            self.take_file(Path(match), os.path.relpath(match, root))
 
     def result(self) -> list[Input]:
         """Raises: UsageError: something was wrong, or named twice."""
@@ -263,57 +254,73 @@ def refuse_inside(names: Sequence[str], inputs: Sequence[Input], output: str) ->
             )
 
 
-def saved_files(folder: Path, split: str, problems: list[str]) -> list[Path] | None:
-    """The Arrow files of what `save_to_disk` wrote, in their order; None if it did not."""
-    if (folder / "dataset_dict.json").is_file():
-        if not (folder / split / "state.json").is_file():
-            there = sorted(one.parent.name for one in folder.glob("*/state.json"))
-            problems.append(f"{folder} has no split {split!r}; it has {', '.join(there)}")
+def data_files(
+    names: Sequence[str],
+    read: Callable[[str], bytes],
+    split: str,
+    where: str,
+    problems: list[str],
+) -> list[str]:
+    """Those of the files below a place that are data: all of a known kind, or those of what
+    `save_to_disk` wrote, in their order.
+
+    Args:
+      names: of all files, by their paths below the place.
+      read: gives the content of one.
+      split: of what has several.
+      where: what messages call the place.
+      problems: what is wrong is added here.
+    """
+    there, folder = {*names}, ""
+    if "dataset_dict.json" in there:
+        folder = f"{split}/"
+        if f"{folder}state.json" not in there:
+            splits = sorted(
+                one.removesuffix("/state.json") for one in there if "/state.json" in one
+            )
+            problems.append(f"{where} has no split {split!r}; it has {', '.join(splits)}")
             return []
-        folder = folder / split
-    state = folder / "state.json"
-    if not state.is_file() or not (folder / "dataset_info.json").is_file():
-        return None
+    state = f"{folder}state.json"
+    if not {state, f"{folder}dataset_info.json"} <= there:
+        arrows = {one.rpartition("/")[0] for one in names if one.endswith(".arrow")}
+        return [one for one in names if is_data(one, arrows)]
     try:
-        names = [one["filename"] for one in json.loads(state.read_bytes())["_data_files"]]
-        files = [folder / name for name in names if Path(name).name == name]
+        files = [one["filename"] for one in json.loads(read(state))["_data_files"]]
+        if not files or not all("/" not in one and folder + one in there for one in files):
+            problems.append(f"{where}/{state} names files that are not beside it")
+            return []
+    except TryAgain:
+        raise
     except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
-        problems.append(f"{state} is damaged: {error!r}")
+        problems.append(f"{where}/{state} is damaged: {error!r}")
         return []
-    if len(files) < len(names) or not all(map(Path.is_file, files)) or not files:
-        problems.append(f"{state} names files that are not beside it")
-        return []
-    return files
+    return [folder + one for one in files]
 
 
-def below(folder: Path, problems: list[str]) -> list[Path]:
-    """The files of a folder that can be input; a link that leads out of it is a problem."""
-    files = []
-    root = folder.resolve()
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if any(part.startswith((".", "_")) for part in parts) or not path.is_file():
-            continue
-        saved = path.name in METADATA and any(path.parent.glob("*.arrow"))
-        if kind_of(path)[0] is None or saved:
-            continue
-        if not path.resolve().is_relative_to(root):
-            problems.append(f"{path} is a link that leads out of {folder}; name its target instead")
-            continue
-        files.append(path)
-    return files
+def is_data(name: str, arrows: Collection[str]) -> bool:
+    """Whether a file below a folder can be input; not if it is hidden or describes a data set.
+
+    Args:
+      name: its path below the folder.
+      arrows: the folders that have Arrow files.
+    """
+    parent, _, own = name.rpartition("/")
+    hidden = any(part.startswith((".", "_")) for part in name.split("/"))
+    return (
+        not hidden and kind_of(name)[0] is not None and not (own in METADATA and parent in arrows)
+    )
 
 
-def kind_of(path: Path) -> tuple[str | None, str | None]:
+def kind_of(path: str) -> tuple[str | None, str | None]:
     """The format and the compression that a file's name tells."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
+    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
     compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     if compression is not None:
         suffixes.pop()
     return SUFFIXES.get(suffixes[-1]) if suffixes else None, compression
 
 
-def file_input(path: Path, name: str, options: DataOptions, unnamed: str | None) -> Input:
+def file_input(path: str, name: str, options: DataOptions, unnamed: str | None) -> Input:
     kind, compression = kind_of(path)
     kind = kind or unnamed
     if options.input_format != "auto":
@@ -325,9 +332,7 @@ def file_input(path: Path, name: str, options: DataOptions, unnamed: str | None)
         )
     if kind in BINARY and compression is not None:
         raise UsageError(f"{path}: {kind.capitalize()} is compressed inside, not as a whole")
-    return Input(
-        str(path.resolve()), name, kind, compression, options.encoding, delimiter_of(options)
-    )
+    return Input(path, name, kind, compression, options.encoding, delimiter_of(options))
 
 
 def delimiter_of(options: DataOptions) -> str | None:
@@ -349,7 +354,7 @@ def start_of(path: str | Path) -> bytes:
       TryAgain: it cannot be read.
     """
     try:
-        with open_input(str(path)) as file:
+        with open_input(str(path), block=256) as file:
             return file.read(256)
     except TryAgain:
         raise

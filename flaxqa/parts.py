@@ -56,6 +56,7 @@ class Entry:
       run_key: of the run.
       computed_by: what computed it: device, kernels, versions. It decides no more than last digits.
       state: of the part in an object store, by which a listing tells whether it has changed.
+      errors_state: of the file of what was set aside, likewise.
     """
 
     shard: int
@@ -67,6 +68,7 @@ class Entry:
     run_key: str
     computed_by: Mapping[str, Any]
     state: tuple[int, str] | None = None
+    errors_state: tuple[int, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,21 +104,31 @@ class Place:
         computed_by: Mapping[str, Any],
     ) -> Entry:
         """Writes a part and what was set aside; a line in the manifest then makes it count."""
-        fragment = b"".join(errors)
+        name, aside, aside_state = self.name(shard) + self.suffix, None, None
         if errors:
-            files.write_whole(self.fragment(shard), fragment)
-        name = self.name(shard) + self.suffix
-        files.write_whole(self.directory / name, content)
+            aside, aside_state = self.stored(self.fragment(shard), b"".join(errors))
+        sha256, state = self.stored(self.part(name), content)
         return Entry(
             shard=shard,
             part=name,
             rows=rows,
-            sha256=hashlib.sha256(content).hexdigest(),
+            sha256=sha256,
             set_aside=len(errors),
-            errors_sha256=hashlib.sha256(fragment).hexdigest() if errors else None,
+            errors_sha256=aside,
             run_key=self.run_key,
             computed_by=computed_by,
+            state=state,
+            errors_state=aside_state,
         )
+
+    def part(self, name: str) -> Any:
+        """Where a part is."""
+        return self.directory / name
+
+    def stored(self, path: Any, content: bytes) -> tuple[str, tuple[int, str] | None]:
+        """Writes a file; gives the hash of what it has, and its state in an object store."""
+        files.write_whole(path, content)
+        return hashlib.sha256(content).hexdigest(), None
 
     def counts(self, entry: Entry) -> tuple[int, int]:
         """The answers in a part and the lines of what was set aside, as they are there."""
@@ -344,7 +356,7 @@ class Output:
 
         They are those of its plan, and those of its manifest.
         """
-        if not self.path(RUN).is_file():
+        if not self.is_there(RUN):
             return set()
         names = {Path(entry.part).stem for entry in self.noted()}
         try:
@@ -353,6 +365,9 @@ class Output:
             planned = None
         n = len(planned["shards"]) if planned is not None else 0
         return names | {part_name(shard, n) for shard in range(n)}
+
+    def is_there(self, name: str) -> bool:
+        return self.path(name).is_file()
 
     def is_ours(self, path: Path, known: Collection[str]) -> bool:
         """Whether the run here wrote it, or may be writing it."""

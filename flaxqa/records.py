@@ -256,13 +256,11 @@ def never_there(source: Source, columns: Columns) -> list[str]:
     """
     sample = list(itertools.islice(source.rows(0, 1), SAMPLED))
     readable = [row.fields for row in sample if row.fields is not None]
-    names = columns.needed()
-    if not readable or len(sample) < SAMPLED:
-        usual = Columns()
-        names = tuple(
-            name for name in names if readable or name in columns.chosen()
-            if name not in (usual.question, usual.context)
-        )  # fmt: skip
+    names: Sequence[str] = columns.needed()
+    if not readable:
+        names = columns.chosen()
+    elif len(sample) < SAMPLED:
+        names = [name for name in names if name not in KEYS]
     return [
         name for name in names
         if not any(value_at(fields, name, MISSING) is not MISSING for fields in readable)

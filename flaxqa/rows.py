@@ -209,8 +209,8 @@ def plain_value(value: Any) -> Any:
         if pa.types.is_nested(value.type):
             return value.as_py()
         return value.cast(pa.string()).as_py()
-    # Arrow raises NotImplementedError for a type that has no text; the row is set aside with it.
-    except (OverflowError, NotImplementedError, TypeError, LookupError) as error:
+    # Of a type that has no text Arrow says so by an error of its own; the row is set aside with it.
+    except (OverflowError, pa.ArrowNotImplementedError, TypeError, LookupError) as error:
         raise ValueError(str(error)) from error
 
 

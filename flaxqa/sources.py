@@ -26,9 +26,7 @@ class Parquet(Source):
         import pyarrow.parquet as pq
 
         remote = stores.is_url(self.input.path)
-        return pq.ParquetFile(
-            files.open_input(self.input.path) if remote else self.input.path, pre_buffer=False
-        )
+        return pq.ParquetFile(files.open_input(self.input.path) if remote else self.input.path)
 
     def places(self) -> Iterator[Run]:
         try:

@@ -83,8 +83,10 @@ def told(url: str, error: Exception) -> Exception:
             f"{url} cannot be reached with the credentials that there are ({kind}: {error}); they "
             f"come from {CREDENTIALS.get(scheme, 'the environment')}"
         )
-    if isinstance(error, NotImplementedError | TypeError | ValueError):
+    if isinstance(error, ValueError):  # an endpoint or a name that cannot be
         return UsageError(f"{url} cannot be used ({kind}: {error})")
+    if isinstance(error, TypeError | LookupError | NotImplementedError):
+        return error  # a fault of a program, or something that the store cannot do at all
     return TryAgain(f"{url} cannot be reached now ({kind}: {error}); try again")
 
 
@@ -183,6 +185,10 @@ def create(url: str, content: bytes) -> bool:
         call(url, store.pipe_file, path, content, mode="create")
     except FileExistsError:
         return False
+    except (TypeError, NotImplementedError) as error:  # as of hf://
+        raise UsageError(
+            f"{url} is in a store that cannot create what must not be there"
+        ) from error
     return True
 
 
@@ -229,14 +235,14 @@ class Remote(io.RawIOBase):
         return len(part)
 
 
-def open_object(url: str) -> io.BufferedReader:
-    """An object as a file.
+def open_object(url: str, block: int = BLOCK) -> io.BufferedReader:
+    """An object as a file, of which so many bytes are read at once.
 
     Raises:
       TryAgain: it is missing, or cannot be reached now.
     """
     try:
-        return io.BufferedReader(Remote(url), BLOCK)
+        return io.BufferedReader(Remote(url), block)
     except FileNotFoundError as error:
         raise TryAgain(f"{url} is missing") from error
 

@@ -96,14 +96,19 @@ def is_weights(name: str) -> bool:
     return Path(name.removesuffix(INDEX)).suffix in READERS
 
 
+def candidates(names: Iterable[str]) -> list[str]:
+    """Those that may be weights, and are not what training leaves beside them."""
+    return [
+        name
+        for name in names
+        if is_weights(name) and not any(fnmatch.fnmatch(name, one) for one in NO_WEIGHTS)
+    ]
+
+
 def only_file(directory: Path) -> str:
     """The one file of a known format, whatever it is called."""
     names = sorted(path.name for path in directory.iterdir())
-    found = [
-        name
-        for name in names
-        if is_weights(name) and not any(fnmatch.fnmatch(name, pattern) for pattern in NO_WEIGHTS)
-    ]
+    found = candidates(names)
     if len(found) == 1:
         return found[0]
     if found:

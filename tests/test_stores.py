@@ -127,9 +127,8 @@ def test_every_format_is_read_from_a_bucket(bucket, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(RECORDS))
     (tmp_path / "a.jsonl.gz").write_bytes(__import__("gzip").compress(LINES))
     (tmp_path / "a.jsonl.xz").write_bytes(__import__("lzma").compress(LINES))
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(RECORDS)}).save_to_disk(
-        tmp_path / "saved"
-    )
+    saved = datasets.Dataset.from_list(RECORDS)
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "saved")
     for path in tmp_path.rglob("*"):
         if path.is_file():
             stores.put(f"{bucket}/{path.relative_to(tmp_path)}", path.read_bytes())
@@ -138,6 +137,8 @@ def test_every_format_is_read_from_a_bucket(bucket, tmp_path):
     for name in ("a.parquet", "a.feather", "a.json", "a.jsonl.gz", "a.jsonl.xz", "saved"):
         found = asked(f"{bucket}/{name}", size=7)
         assert [one.question for one in found] == [one["question"] for one in RECORDS], name
+    with pytest.raises(UsageError, match="no split 'test'; it has train"):
+        asked(f"{bucket}/saved", split="test")
 
 
 def test_another_run_is_not_mixed_and_restart_begins_anew(bucket, reader, expected):
@@ -153,6 +154,16 @@ def test_another_run_is_not_mixed_and_restart_begins_anew(bucket, reader, expect
     assert parts_of(out) == expected
 
 
+def test_restart_begins_anew_where_the_run_is_damaged(bucket, reader, expected):
+    source, out = put_input(bucket), f"{bucket}/out"
+    batch.predict(options(source, out), reader=reader)
+    stores.put(f"{out}/_run.json", b"{")
+    with pytest.raises(DataError, match="--restart begins anew"):
+        batch.predict(options(source, out), reader=reader)
+    batch.predict(options(source, out), reader=reader, restart=True)
+    assert parts_of(out) == expected
+
+
 @pytest.mark.parametrize("change", [b"damaged", None])
 @pytest.mark.parametrize(
     "name", ["part-00003-of-00008.parquet", "_errors/part-00000-of-00008.jsonl"]
@@ -162,7 +173,7 @@ def test_what_was_changed_or_lost_is_computed_anew(bucket, reader, expected, nam
     batch.predict(options(source, out), reader=reader)
     if change is None:
         stores.remove([f"{out}/{name}"])
-    elif name.startswith("part"):
+    else:
         stores.put(f"{out}/{name}", change)
     summary = batch.predict(options(source, out), reader=reader)
     assert summary.complete
