@@ -191,16 +191,31 @@ def test_shares_of_a_run_need_no_lock(bucket, reader, expected):
 
 def test_whoever_is_first_counts(bucket, reader, expected):
     """A part that is there without a note, as where a writer was killed between the two."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     source, out = put_input(bucket), f"{bucket}/out"
     name = "part-00002-of-00008"
     batch.predict(options(source, out), reader=reader)
-    stores.remove(
-        f"{out}/{one}" for one in (f"_manifest/{name}.json", "_manifest.jsonl", "_SUCCESS")
-    )
-    before = stores.state_of(f"{out}/{name}.parquet")
+
+    def leave(rows):
+        """The part as another kind of machine may write it, and nothing that tells of it."""
+        stores.remove(
+            f"{out}/{one}" for one in (f"_manifest/{name}.json", "_manifest.jsonl", "_SUCCESS")
+        )
+        table = pq.read_table(pa.BufferReader(expected[f"{name}.parquet"]))[:rows]
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="none")
+        stores.put(f"{out}/{name}.parquet", sink.getvalue().to_pybytes())
+        return sink.getvalue().to_pybytes()
+
+    theirs = leave(SHARD)
+    assert theirs != expected[f"{name}.parquet"]
     assert batch.predict(options(source, out), reader=reader).computed == 8
-    assert stores.state_of(f"{out}/{name}.parquet") == before
-    assert parts_of(out) == expected
+    assert parts_of(out) == expected | {f"{name}.parquet": theirs}
+    leave(SHARD - 1)
+    with pytest.raises(DataError, match="is not of this run"):
+        batch.predict(options(source, out), reader=reader)
 
 
 def test_many_finished_parts_are_told_by_few_objects(bucket, server, reader, expected, monkeypatch):
