@@ -28,9 +28,15 @@ ANSWERS, IMPOSSIBLE = "answers", "is_impossible"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SquadExample(Example):
-    """A question with the answers that count as right; in SQuAD 2.0 there may be none."""
+    """A question with the answers that count as right; in SQuAD 2.0 there may be none.
+
+    Attributes:
+      answers: their texts.
+      starts: the character where each begins in the context; none where the data do not tell.
+    """
 
     answers: tuple[str, ...]
+    starts: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
 
 class Data(NamedTuple):
@@ -72,10 +78,10 @@ class Found:
         if rows.value_at(fields, columns.id) is None:
             self.problems.append((f"{place}: the record has no column {columns.id!r}", False))
         try:
-            golds = golds_of(fields.get(ANSWERS))
+            golds, starts = golds_of(fields.get(ANSWERS)), starts_of(fields.get(ANSWERS))
         except ValueError as error:
             self.problems.append((f"{place}: {error}", False))
-            golds = ()
+            golds, starts = (), ()
         if golds is None:
             self.unscored += 1
             if not fields.get(IMPOSSIBLE):
@@ -91,7 +97,8 @@ class Found:
             other = self.places[example.id]
             self.problems.append((f"{place}: its id {example.id!r} is also that of {other}", False))
         self.places[example.id] = place
-        self.questions.append(SquadExample(example.id, example.question, example.context, golds))
+        asked = example.id, example.question, example.context
+        self.questions.append(SquadExample(*asked, golds, starts))
 
     def data(self) -> Data:
         """What was found.
@@ -122,14 +129,9 @@ def golds_of(value: Any) -> tuple[str, ...] | None:
     Raises:
       ValueError: it is something else.
     """
-    value = rows.plain_value(value)
+    value = structured(value)
     if value is None:
         return None
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"answers is text and not JSON: {error}") from error
     if isinstance(value, Mapping):
         if "text" not in value:
             raise ValueError("answers has no 'text'")
@@ -146,6 +148,35 @@ def golds_of(value: Any) -> tuple[str, ...] | None:
                 f"answers[{number}].text must be a string, it is {rows.kind_name(text)}"
             )
     return tuple(texts)
+
+
+def starts_of(value: Any) -> tuple[int, ...]:
+    """The `answer_start` of every right answer, in the forms of `golds_of`; () if one has none."""
+    value = structured(value)
+    if isinstance(value, Mapping):
+        found = value.get("answer_start")
+        found = [found] if isinstance(found, int) else found
+    else:
+        found = [one.get("answer_start") if isinstance(one, Mapping) else None
+                 for one in (value if isinstance(value, list | tuple) else ())]  # fmt: skip
+    found = found.tolist() if hasattr(found, "tolist") else found
+    whole = isinstance(found, list | tuple) and all(type(start) is int for start in found)
+    return tuple(found) if found and whole else ()
+
+
+def structured(value: Any) -> Any:
+    """What a table's cell has; of text what it is as JSON.
+
+    Raises:
+      ValueError: it is text and no JSON.
+    """
+    value = rows.plain_value(value)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"answers is text and not JSON: {error}") from error
 
 
 def read(name: str | Path, options: DataOptions | None = None) -> Data:

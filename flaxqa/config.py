@@ -118,13 +118,21 @@ class ModelOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeviceOptions(Options):
-    """How and where it is computed."""
-
-    COUNTS: ClassVar[tuple[str, ...]] = ("batch_tokens",)
+class PlaceOptions(Options):
+    """Where it is computed, and how exactly."""
 
     matmul_precision: Literal["float32", "tensorfloat32", "bfloat16", "default"] = "float32"
     """Of float32 products. JAX's own default is TF32 on NVIDIA and bfloat16 passes on TPU."""
+
+    devices: int | None = None
+    """How many local devices to use; all of them when left out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceOptions(PlaceOptions):
+    """How and where it is computed."""
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("batch_tokens",)
 
     kernels: Literal["auto", "native", "xla"] = "auto"
     """What computes on a CPU: the C++ library that was compiled at installation, or XLA. auto is
@@ -133,17 +141,14 @@ class DeviceOptions(Options):
     parallel: Literal["jit", "pmap"] = "jit"
     """How rows are split over devices: jit over a mesh, or pmap. The answers are the same."""
 
-    devices: int | None = None
-    """How many local devices to use; all of them when left out."""
-
     batch_tokens: int | None = None
     """Tokens of a batch on each device, never fewer than one window has; what suits the device when
     left out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReaderOptions(DeviceOptions):
-    """How a reader cuts windows, and how and where it computes."""
+class WindowOptions(Options):
+    """How a context is cut into windows."""
 
     COUNTS: ClassVar[tuple[str, ...]] = ("max_length",)
 
@@ -157,6 +162,11 @@ class ReaderOptions(DeviceOptions):
 
     windows: Literal["overlap", "mlperf"] = "overlap"
     """How a long context is cut: as run_qa does, or as BERT's run_squad.py and MLPerf do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReaderOptions(WindowOptions, DeviceOptions):
+    """How a reader cuts windows, and how and where it computes."""
 
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     """Of weights and operands; sums, norms and softmax are float32 in any case. auto is bfloat16 on
@@ -200,8 +210,8 @@ class DataOptions(Options):
     """What all files are; auto goes by their names. json is SQuAD data or an array of objects."""
 
     split: str | None = None
-    """Split of a hub data set, or of one that save_to_disk wrote; train for predict, otherwise
-    validation."""
+    """Split of a hub data set, or of one that save_to_disk wrote; train for predict and finetune,
+    otherwise validation."""
 
     data_config: str | None = None
     """Configuration of a hub data set that has several."""

@@ -21,8 +21,10 @@ import numpy as np
 import tokenizers
 
 from flaxqa import tokens
-from flaxqa.errors import DataError, UsageError, all_problems
+from flaxqa.config import WindowOptions
+from flaxqa.errors import DataError, UsageError, all_problems, check_integers
 
+MAX_LENGTH, DOC_STRIDE = 384, 128
 SPECIAL_TOKENS = 3  # [CLS] question [SEP] context [SEP]
 WINDOWS = ("overlap", "mlperf")
 MLPERF_QUESTION_TOKENS = 64
@@ -147,6 +149,22 @@ class Windows(Sequence[Feature]):
             self.question_cut[index],
             self.counts.get(index),
         )
+
+
+def sizes(options: WindowOptions, positions: int) -> tuple[int, int]:
+    """The `max_length` and `doc_stride` of a checkpoint with so many positions.
+
+    Raises:
+      UsageError: they leave no room for a question and a context.
+    """
+    max_length, doc_stride = options.max_length, options.doc_stride
+    check_integers(doc_stride=doc_stride)
+    if max_length is None:
+        max_length = min(MAX_LENGTH, positions)
+    if doc_stride is None:
+        doc_stride = min(DOC_STRIDE, max_length // 2)
+    default_question_limit(max_length, doc_stride, options.windows)
+    return max_length, doc_stride
 
 
 def question_limit(max_length: int, doc_stride: int) -> int:

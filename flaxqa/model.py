@@ -29,6 +29,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
+from flaxqa.dropout import Dropout, drop
 from flaxqa.errors import ModelRejected, all_problems
 
 TokenIds = Int[Array | np.ndarray, "B T"]
@@ -342,30 +343,41 @@ class Attention(nnx.Module):
         self.out_lin = make.linear(config.dim, config.dim)
 
     def __call__(
-        self, x: Hidden, attention_mask: TokenMask, keep_weights: bool
+        self,
+        x: Hidden,
+        attention_mask: TokenMask,
+        keep_weights: bool,
+        dropout: Dropout | None = None,
+        place: int = 0,
     ) -> tuple[Hidden, Weights | None]:
         heads = (*x.shape[:2], self.n_heads, -1)
         q, k, v = (project(x).reshape(heads) for project in (self.q_lin, self.k_lin, self.v_lin))
         q = q / q.shape[-1] ** 0.5  # before the product: float16 scores have less to hold
         q, k, v = (each.astype(self.dtype) for each in (q, k, v))
 
-        def attend(row: tuple[Array, Array, Array, Array]) -> tuple[Array, Array | None]:
+        def attend(row: tuple[Array, ...]) -> tuple[Array, Array | None]:
             """One row: q, k, v [T, N, H] and mask [T] to [T, N, H] and the weights [N, T, S]."""
-            q, k, v, mask = row
+            q, k, v, mask, *keys = row
             scores = self.product("TNH,SNH->NTS", q, k)
             # The lowest finite number and not -inf: a row of padding alone must not become NaN.
             weights = jax.nn.softmax(jnp.where(mask == 1, scores, jnp.finfo(scores.dtype).min))
+            for key in keys:
+                weights = drop(weights, key, dropout.rates.attention if dropout else 0.0)
             mixed = self.product("NTS,SNH->TNH", weights.astype(self.dtype), v)
             return mixed, weights if keep_weights else None
 
         # On a CPU the scores of one row stay in its cache, those of a batch do not: row by row is
         # five times as fast. An accelerator takes all rows at once.
+        rows: tuple[Array, ...] = (q, k, v, jnp.asarray(attention_mask))
+        if dropout is not None:
+            rows = (*rows, dropout.at(place))
+            # The weights, the largest of all arrays, are computed anew for the gradients.
+            attend = jax.checkpoint(attend)
         mixed, weights = jax.lax.platform_dependent(
-            (q, k, v, attention_mask),
-            cpu=lambda rows: jax.lax.map(attend, rows),
-            default=jax.vmap(attend),
+            rows, cpu=lambda rows: jax.lax.map(attend, rows), default=jax.vmap(attend)
         )
-        return self.out_lin(mixed.reshape(x.shape)), weights
+        mixed = self.out_lin(mixed.reshape(x.shape))
+        return mixed if dropout is None else dropout(mixed, "projection", place + 1), weights
 
     def product(self, axes: str, a: Array, b: Array) -> Array:
         return jnp.einsum(axes, a, b, preferred_element_type=self.sum_dtype)
@@ -391,11 +403,17 @@ class TransformerBlock(nnx.Module):
         self.output_layer_norm = make.layer_norm(config.dim)
 
     def __call__(
-        self, x: Hidden, attention_mask: TokenMask, keep_weights: bool
+        self,
+        x: Hidden,
+        attention_mask: TokenMask,
+        keep_weights: bool,
+        dropout: Dropout | None = None,
+        place: int = 0,
     ) -> tuple[Hidden, Weights | None]:
-        mixed, weights = self.attention(x, attention_mask, keep_weights)
+        mixed, weights = self.attention(x, attention_mask, keep_weights, dropout, place)
         x = self.sa_layer_norm(x + mixed)
-        return self.output_layer_norm(x + self.ffn(x)), weights
+        new = self.ffn(x) if dropout is None else dropout(self.ffn(x), "hidden", place + 2)
+        return self.output_layer_norm(x + new), weights
 
 
 class Transformer(nnx.Module):
@@ -403,11 +421,11 @@ class Transformer(nnx.Module):
         self.layer = nnx.List([TransformerBlock(config, make) for _ in range(config.n_layers)])
 
     def __call__(
-        self, x: Hidden, attention_mask: TokenMask, keep_weights: bool
+        self, x: Hidden, attention_mask: TokenMask, keep_weights: bool, dropout: Dropout | None
     ) -> tuple[tuple[Hidden, ...], tuple[Weights | None, ...]]:
         hidden_states, attentions = [x], []
-        for block in self.layer:
-            x, weights = block(x, attention_mask, keep_weights)
+        for index, block in enumerate(self.layer):
+            x, weights = block(x, attention_mask, keep_weights, dropout, 3 * index + 2)
             hidden_states.append(x)
             attentions.append(weights)
         return tuple(hidden_states), tuple(attentions)
@@ -424,9 +442,12 @@ class Encoder(nnx.Module):
         attention_mask: TokenMask,
         token_type_ids: TokenTypes | None,
         keep_weights: bool,
+        dropout: Dropout | None,
     ) -> tuple[tuple[Hidden, ...], tuple[Weights | None, ...]]:
         x = self.embeddings(input_ids, token_type_ids)
-        return self.transformer(x, attention_mask, keep_weights)
+        if dropout is not None:
+            x = dropout(x, "hidden", 0)
+        return self.transformer(x, attention_mask, keep_weights, dropout)
 
 
 class QuestionAnsweringModel(nnx.Module):
@@ -513,12 +534,14 @@ class QuestionAnsweringModel(nnx.Module):
         token_type_ids: TokenTypes | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        dropout: Dropout | None = None,
     ) -> QuestionAnsweringOutput:
         """The computation of `__call__`, unchecked and not compiled: for jit, grad and pmap."""
         hidden_states, attentions = self.encoder(
-            input_ids, attention_mask, token_type_ids, output_attentions
+            input_ids, attention_mask, token_type_ids, output_attentions, dropout
         )
-        logits = self.qa_outputs(hidden_states[-1])
+        last = hidden_states[-1]
+        logits = self.qa_outputs(last if dropout is None else dropout(last, "head", 1))
         return QuestionAnsweringOutput(
             logits[..., 0],
             logits[..., 1],

@@ -32,14 +32,12 @@ from flaxqa.errors import (
     ModelRejected,
     UsageError,
     check_counts,
-    check_integers,
 )
 from flaxqa.features import Example, Windows
 from flaxqa.plan import Shape
 from flaxqa.spans import Logits
 from flaxqa.tokens import Tokens
 
-MAX_LENGTH, DOC_STRIDE = 384, 128
 RECORDS_PER_CHUNK = 1_024
 CHARACTERS_PER_CHUNK = 4_000_000  # so that a few huge contexts do not fill the memory
 ERRORS_SHOWN = 20
@@ -189,17 +187,12 @@ class Reader:
         self.options = chosen = ReaderOptions(**options)
         self.token = uuid.uuid4().hex
         READERS[self.token] = self
-        max_length, doc_stride, windows = chosen.max_length, chosen.doc_stride, chosen.windows
-        check_integers(doc_stride=doc_stride)
-        if max_length is None:
-            max_length = min(MAX_LENGTH, loaded.config.max_position_embeddings)
-        if doc_stride is None:
-            doc_stride = min(DOC_STRIDE, max_length // 2)
-        features.default_question_limit(max_length, doc_stride, windows)  # refuses what cannot be
-        self.checkpoint = loaded
-        self.max_length, self.doc_stride, self.windows = max_length, doc_stride, windows
+        self.checkpoint, self.windows = loaded, chosen.windows
+        self.max_length, self.doc_stride = features.sizes(
+            chosen, loaded.config.max_position_embeddings
+        )
         self.predictor = predict.Predictor(
-            loaded.model, max_length=max_length, **chosen.of(DeviceOptions)
+            loaded.model, max_length=self.max_length, **chosen.of(DeviceOptions)
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
