@@ -8,7 +8,14 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from flaxqa.config import MAX_ANSWER_LENGTH, DataOptions, ModelOptions, ReaderOptions
+from flaxqa.config import (
+    MAX_ANSWER_LENGTH,
+    DataOptions,
+    ModelOptions,
+    PlaceOptions,
+    ReaderOptions,
+    WindowOptions,
+)
 
 Scenario = Literal["offline", "single", "server", "start", "step"]
 
@@ -56,6 +63,82 @@ class EvalConfig(ReaderOptions, Subject):
 
     min_f1: float | None = None
     """A gate: exit code 5 when F1 in percent is below it. The results are written all the same."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(WindowOptions, PlaceOptions, DataOptions, ModelOptions):
+    """One training of a checkpoint on questions with right answers."""
+
+    PATHS: ClassVar[tuple[str, ...]] = ("data", "heldout", "teacher", "cache_teacher", "output")
+    COUNTS: ClassVar[tuple[str, ...]] = (
+        "limit",
+        "batch_size",
+        "epochs",
+        "stop_after",
+        "save_every",
+    )
+    SHARES: ClassVar[tuple[str, ...]] = ("distillation", "warmup", "weight_decay")
+    POSITIVE: ClassVar[tuple[str, ...]] = ("learning_rate", "temperature")
+
+    data: str
+    """Questions with right answers, in all that `flaxqa eval` takes; the first answer counts."""
+
+    output: str
+    """Directory for the trained checkpoint; made if missing. A run that was stopped goes on there
+    when the same command is given again."""
+
+    heldout: str | None = None
+    """Other questions, which score the checkpoint after each epoch; read as --data is."""
+
+    limit: int | None = None
+    """Only the first so many questions of --data."""
+
+    teacher: str | None = None
+    """Checkpoint to distil from, with the same vocabulary: the student learns its logits, too."""
+
+    cache_teacher: str | None = None
+    """Folder for the teacher's logits, which are computed once, so that other runs with the same
+    teacher and data need not; in --output when left out."""
+
+    temperature: float = 2.0
+    """Of the softmax of teacher and student."""
+
+    distillation: float = 0.5
+    """Share of the teacher in the loss; the rest is the cross entropy of the right answers."""
+
+    epochs: int = 3
+    """How often every window is seen."""
+
+    batch_size: int = 12
+    """Windows of a step, on all devices together."""
+
+    learning_rate: float = 3e-5
+    """The highest; it falls to 0 in a straight line."""
+
+    warmup: float = 0.0
+    """Share of the steps over which the learning rate rises from 0 first."""
+
+    weight_decay: float = 0.0
+    """AdamW's, of kernels and embeddings; biases and norms have none."""
+
+    freeze_embeddings: bool = False
+    """Leave the embeddings as they are."""
+
+    dropout: bool = True
+    """Whether to drop out at random, at the rates in the checkpoint's config.json."""
+
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    """Of the operands of products; the weights are float32 in any case. auto is bfloat16 on GPUs
+    and TPUs, float32 on CPUs."""
+
+    seed: int = 0
+    """Of the order of windows, of dropout, and of the new head of a base model."""
+
+    stop_after: int | None = None
+    """Stop after so many steps, for a trial; the same command without it goes on from there."""
+
+    save_every: int = 200
+    """Steps after which the state is saved: what is lost at most when a run is killed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -153,6 +153,7 @@ def golds_of(value: Any) -> tuple[str, ...] | None:
 def starts_of(value: Any) -> tuple[int, ...]:
     """The `answer_start` of every right answer, in the forms of `golds_of`; () if one has none."""
     value = structured(value)
+    found: Any
     if isinstance(value, Mapping):
         found = value.get("answer_start")
         found = [found] if isinstance(found, int) else found
@@ -185,7 +186,7 @@ def read(name: str | Path, options: DataOptions | None = None) -> Data:
 
 
 def read_with_source(
-    name: str | Path, options: DataOptions | None = None
+    name: str | Path, options: DataOptions | None = None, split: str = "validation"
 ) -> tuple[Data, dict[str, Any]]:
     """The questions with right answers, in their order, and where they are from.
 
@@ -195,6 +196,7 @@ def read_with_source(
     Args:
       name: a file, a folder, a pattern, or the id of a hub data set.
       options: how it is read.
+      split: of a data set that has several, where the options name none.
 
     Raises:
       DataError: it is missing, damaged, has an id twice, or cannot be scored; names every place.
@@ -204,21 +206,21 @@ def read_with_source(
     columns = Columns.of(options.columns)
     source: dict[str, Any] = {"name": str(name)}
     found = Found(str(name))
-    for one in inputs_of(str(name), options):
+    for one in inputs_of(str(name), options, split):
         read_into(found, one, columns, source)
     data = found.data()
     source["questions"] = len(data.questions)
     return data, source
 
 
-def inputs_of(name: str, options: DataOptions) -> list[Input]:
+def inputs_of(name: str, options: DataOptions, split: str) -> list[Input]:
     """What a name stands for.
 
     Raises:
       DataError: nothing that can be read.
     """
     try:
-        found = inputs.find([name], options=options, split="validation", unnamed="json")
+        found = inputs.find([name], options=options, split=split, unnamed="json")
         return [one if one.format == "hub" else inputs.identified(one) for one in found]
     except UsageError as error:
         raise DataError(str(error)) from error

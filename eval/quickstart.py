@@ -2,6 +2,7 @@
 
     python -m flaxqa.eval.quickstart data     writes train.json and heldout.json (SQuAD v1.1 format)
     python -m flaxqa.eval.quickstart train    trains the checkpoint on such paragraphs, saves it
+    python -m flaxqa.eval.quickstart distil   a smaller student with it as teacher, and without
 
 Everything follows from SEED. A paragraph tells of two invented subjects of one theme, so that a
 question has to be matched to its subject and not only to a kind of answer; some are long enough to
@@ -16,27 +17,31 @@ import collections
 import dataclasses
 import json
 import random
+import statistics
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tokenizers
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flaxqa import checkpoint, features, tokens
+from flaxqa import checkpoint, tokens
 from flaxqa.checkpoint import DistilBertForQuestionAnswering
 from flaxqa.model import DistilBertConfig
+from flaxqa.progress import TerminalProgress
+
+from . import finetune
+from .config import FinetuneConfig
+from .squad import METRICS
 
 SEED = 20261122
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "quickstart"
 HELDOUT_PARAGRAPHS = 80
-TRAIN_PARAGRAPHS = 160  # in train.json; training goes on with paragraphs after these
+TRAIN_PARAGRAPHS = 160  # in train.json, to look at; training takes more of them
 LONG_SHARE = {"heldout": 0.1, "train": 0.04}  # long rows cost most of the training time
 
 # ------------------------------------------------------------------------------------------ words
@@ -414,10 +419,14 @@ def squad_json(part: str, paragraphs: int) -> dict[str, Any]:
 
 
 def write_data(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for part, paragraphs in (("train", TRAIN_PARAGRAPHS), ("heldout", HELDOUT_PARAGRAPHS)):
-        text = json.dumps(squad_json(part, paragraphs), ensure_ascii=False, indent=1)
-        (folder / f"{part}.json").write_text(text + "\n", encoding="utf-8")
+        write_squad(folder / f"{part}.json", part, paragraphs)
+
+
+def write_squad(path: Path, part: str, paragraphs: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(squad_json(part, paragraphs), ensure_ascii=False, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------- checkpoint
@@ -430,9 +439,13 @@ MODEL: dict[str, Any] = {
     "hidden_dim": 256,
 }
 VOCAB_SIZE = 1200
-BATCH_TOKENS = 4096
+NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "qa_dropout": 0.0}  # it learns too little
 DEVICES = 2  # simulated on the CPU, each with one core: 1.4 times as fast as one with two
-LENGTHS = (128, 192, 256, 320, 384)
+PARAGRAPHS = 24_000  # seen once, by the checkpoint
+STUDENT_PARAGRAPHS = 4_000
+SEEDS, STUDENT_T = range(5), 2.776  # Student's t of 4 degrees of freedom, for 95 %
+TRAINING: dict[str, Any] = {"epochs": 1, "batch_size": 32, "learning_rate": 1e-3, "warmup": 0.05,
+            "weight_decay": 1e-4, "save_every": 500}  # fmt: skip
 
 
 def train_tokenizer(paragraphs: int = 4000) -> tokenizers.Tokenizer:
@@ -461,54 +474,6 @@ def train_tokenizer(paragraphs: int = 4000) -> tokenizers.Tokenizer:
     return tokens.bert_tokenizer({token: i for i, token in enumerate(vocab)}, lowercase=True)
 
 
-def training_rows(
-    tokenizer: tokenizers.Tokenizer,
-) -> Iterator[list[tuple[np.ndarray, int, int]]]:
-    """Endless chunks of (input_ids, first, last token of the answer); [CLS] where it is absent."""
-    parts = articles(heldout=False)
-    while True:
-        examples, spans = [], []
-        for _ in range(400):
-            context, asked = next(parts)
-            for question, answer, start in asked:
-                examples.append(features.Example("", question, context))
-                spans.append((start, start + len(answer)))
-        rows = []
-        for feature in features.make(examples, tokenizer):
-            start, end = spans[feature.example]
-            first = np.flatnonzero(feature.offsets[:, 0] == start)
-            last = np.flatnonzero(feature.offsets[:, 1] == end)
-            if len(first) and len(last):
-                at = feature.context_start
-                rows.append((feature.input_ids, at + int(first[0]), at + int(last[0])))
-            else:
-                rows.append((feature.input_ids, 0, 0))
-        yield rows
-
-
-def batches(tokenizer: tokenizers.Tokenizer, rng: random.Random) -> Iterator[Any]:
-    """Endless (input_ids, mask, first, last) of one of LENGTHS, about BATCH_TOKENS tokens each."""
-    for rows in training_rows(tokenizer):
-        rng.shuffle(rows)
-        rows.sort(key=lambda row: len(row[0]))
-        chunk = []
-        while rows:
-            length = next(length for length in LENGTHS if length >= len(rows[-1][0]))
-            size = BATCH_TOKENS // length // DEVICES * DEVICES
-            taken, rows = rows[-size:], rows[:-size]
-            if len(taken) < size:
-                break
-            ids = np.zeros((size, length), np.int32)
-            for row, (own, _, _) in zip(ids, taken, strict=True):
-                row[: len(own)] = own
-            lengths = np.array([len(own) for own, _, _ in taken])
-            mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
-            first, last = (np.array([row[i] for row in taken], np.int32) for i in (1, 2))
-            chunk.append((ids, mask, first, last))
-        rng.shuffle(chunk)
-        yield from chunk
-
-
 def prepare(model: DistilBertForQuestionAnswering) -> None:
     """Starts so small a model where it can learn: wider kernels, like finds like, near finds near.
 
@@ -529,69 +494,93 @@ def prepare(model: DistilBertForQuestionAnswering) -> None:
     table[...] = 0.02 * jnp.asarray(np.concatenate((np.sin(angles), np.cos(angles)), axis=1))
 
 
-def train(folder: Path, steps: int, learning_rate: float, devices: int = DEVICES) -> None:
-    """Trains from random weights; saves in float16 every 1,000 steps and at the end."""
-    tokenizer = train_tokenizer()
-    config = DistilBertConfig(vocab_size=tokenizer.get_vocab_size(), **MODEL)
-    model = DistilBertForQuestionAnswering(config, rngs=nnx.Rngs(SEED))
+def write_model(
+    folder: Path, tokenizer: tokenizers.Tokenizer, seed: int = SEED, n_layers: int | None = None
+) -> None:
+    """Writes a checkpoint of random weights from which training begins."""
+    layers = {} if n_layers is None else {"n_layers": n_layers}
+    config = DistilBertConfig(vocab_size=tokenizer.get_vocab_size(), **{**MODEL, **layers})
+    model = DistilBertForQuestionAnswering(config, rngs=nnx.Rngs(seed))
     prepare(model)
-    graphdef, params = nnx.split(model)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98))
+    checkpoint.save(model, folder, tokenizer=tokenizer, content=NO_DROPOUT)
 
-    mesh = jax.make_mesh(
-        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+
+def train(folder: Path, work: Path, **options: Any) -> None:
+    """Trains the checkpoint from random weights, and writes it in float16.
+
+    Args:
+      folder: that has heldout.json, and where `checkpoint` is written.
+      work: for the data, the untrained checkpoint, and the run.
+      **options: of the run.
+    """
+    write_squad(work / "train.json", "train", PARAGRAPHS)
+    write_model(work / "untrained", train_tokenizer())
+    fit(work / "untrained", work, "run", folder, **options)
+    done = checkpoint.load(work / "run", dtype="float16")
+    checkpoint.save(
+        done.model, folder / "checkpoint", tokenizer=done.tokenizer, content=done.content
     )
-    rows = PartitionSpec("data")
 
-    def loss_of(params: nnx.State, ids: Any, mask: Any, first: Any, last: Any) -> Any:
-        out = nnx.merge(graphdef, params).forward(ids, mask)
-        losses = [
-            optax.softmax_cross_entropy_with_integer_labels(jnp.where(mask == 1, scores, -1e9), at)
-            for scores, at in ((out.start_logits, first), (out.end_logits, last))
+
+def distil(folder: Path, work: Path) -> list[dict[str, float]]:
+    """Trains a student of two layers with and without the quickstart's teacher, for each seed.
+
+    Returns of each seed the scores of the distilled student less those of the other.
+    """
+    write_squad(work / "train.json", "train", STUDENT_PARAGRAPHS)
+    tokenizer, gains = train_tokenizer(), []
+    taught = {"teacher": str(folder / "checkpoint"), "cache_teacher": str(work / "teacher")}
+    for seed in SEEDS:
+        write_model(work / f"untrained-{seed}", tokenizer, seed, n_layers=2)
+        pair = [
+            fit(work / f"untrained-{seed}", work, f"{name}-{seed}", folder, seed=seed, **given)
+            for name, given in (("alone", {}), ("distilled", taught))
         ]
-        return jax.lax.pmean((losses[0] + losses[1]).mean() / 2, "data")
+        alone, distilled = (one["epochs"][-1] for one in pair)
+        gains.append({name: distilled[name] - alone[name] for name in METRICS})
+        for name, metric in METRICS.items():
+            print(f"seed {seed}, {metric.label}: {alone[name]:.2f} alone, {distilled[name]:.2f} "
+                  f"distilled, {gains[-1][name]:+.2f}", flush=True)  # fmt: skip
+    for name, metric in METRICS.items():
+        every = [one[name] for one in gains]
+        error = STUDENT_T * statistics.stdev(every) / len(every) ** 0.5
+        mean = statistics.mean(every)
+        print(
+            f"{metric.label}: {mean:+.2f} on average ({mean - error:+.2f} to {mean + error:+.2f})"
+        )
+    return gains
 
-    # Each device its own rows: see `MeshJit` in flaxqa/predict.py.
-    sharded_loss = jax.shard_map(
-        loss_of, mesh=mesh, in_specs=(PartitionSpec(), *[rows] * 4), out_specs=PartitionSpec()
+
+def fit(model: Path, work: Path, output: str, folder: Path, **options: Any) -> dict[str, Any]:
+    """Trains by `flaxqa finetune` on train.json in a folder for work; a stopped run goes on."""
+    config = FinetuneConfig(
+        model=str(model),
+        data=str(work / "train.json"),
+        heldout=str(folder / "heldout.json"),
+        output=str(work / output),
+        **{**TRAINING, **options},
     )
-
-    @jax.jit
-    def step(params: nnx.State, state: Any, *batch: Any) -> tuple[nnx.State, Any, Any]:
-        loss, grads = jax.value_and_grad(sharded_loss)(params, *batch)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    state, losses = optimizer.init(params), []
-    feed = batches(tokenizer, random.Random(SEED))
-    for number, batch in zip(range(1, steps + 1), feed, strict=False):
-        batch = jax.device_put(batch, NamedSharding(mesh, rows))
-        params, state, loss = step(params, state, *batch)
-        losses.append(loss)
-        if number % 200 == 0:
-            print(f"step {number} of {steps}, loss {np.mean(losses):.4f}", flush=True)
-            losses = []
-        if number % 1000 == 0 or number == steps:
-            trained = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.float16), params))
-            checkpoint.save(trained, folder / "checkpoint", tokenizer=tokenizer)
+    with TerminalProgress() as progress:
+        return finetune.finetune(config, progress)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("data", "train"))
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where to write")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("what", choices=("data", "train", "distil"))
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="the data set and checkpoint")
+    parser.add_argument("--work", type=Path, default=Path("runs/quickstart-training"),
+                        help="for what training needs; a stopped run goes on there")  # fmt: skip
     args = parser.parse_args()
     if args.what == "data":
         write_data(args.folder)
+        return
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    if args.what == "train":
+        train(args.folder, args.work)
     else:
-        jax.config.update("jax_num_cpu_devices", DEVICES)
-        train(args.folder, args.steps, args.learning_rate)
+        distil(args.folder, args.work)
 
 
 if __name__ == "__main__":

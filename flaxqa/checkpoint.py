@@ -127,6 +127,7 @@ class Checkpoint:
       ignored: tensors that were left out on purpose, each with the reason.
       states: of the files before they were read, by name; see `flaxqa.files.state_of`.
       notes: what had to be done to make the files fit, a sentence each; also logged as a warning.
+      content: the whole config.json.
     """
 
     model: PretrainedModel
@@ -139,6 +140,7 @@ class Checkpoint:
     states: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     name: str = ""
+    content: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def weights_file(self) -> str:
@@ -170,6 +172,7 @@ def load(
     revision: str | None = None,
     weights_file: str | None = None,
     dtype: DTypeLike = "float32",
+    new_head: int | None = None,
 ) -> Checkpoint:
     """Loads a question-answering checkpoint, every tensor accounted for.
 
@@ -179,6 +182,8 @@ def load(
       weights_file: name of the file of weights, or of the index of shards, in that directory; the
         first of `flaxqa.weights.FORMATS` when left out, or the only other file of such a format.
       dtype: of the weights and of the products' operands, one of DTYPES.
+      new_head: the seed of a question-answering head for a base model, which has none and is to be
+        trained; None to refuse base models.
 
     Raises:
       ModelRejected: a file is missing, damaged, unsafe, or does not fit the others; says which.
@@ -188,7 +193,7 @@ def load(
     dtype = checked_dtype(dtype)
     directory, commit = locate(name, revision, weights_file)
     try:
-        loaded = load_directory(directory, commit, weights_file, dtype)
+        loaded = load_directory(directory, commit, weights_file, dtype, new_head)
         by_path = commit is None and not stores.is_url(name)
         told = str(directory.absolute()) if by_path else str(name)
         return dataclasses.replace(loaded, name=told)
@@ -197,7 +202,11 @@ def load(
 
 
 def load_directory(
-    directory: Path, commit: str | None, weights_file: str | None, dtype: DTypeLike
+    directory: Path,
+    commit: str | None,
+    weights_file: str | None,
+    dtype: DTypeLike,
+    new_head: int | None,
 ) -> Checkpoint:
     states = {path.name: files.state_of(path) for path in directory.iterdir()}
     if not (directory / "config.json").exists() and (
@@ -213,12 +222,17 @@ def load_directory(
     if problems := tokens.tokenizer_problems(tokenizer, config.vocab_size):
         raise ModelRejected(all_problems(f"{directory}: the tokenizer does not fit", problems))
     weight_files = weights.find(directory, weights_file)
-    tensors, note = unwrapped(weights.read(directory, weights_file), config)
+    tensors = weights.read(directory, weights_file)
+    notes = []
+    if new_head is not None and not any(name.endswith("qa_outputs.weight") for name in tensors):
+        tensors = {**tensors, **random_head(config, new_head)}
+        notes.append(f"{weight_files[0]} is a base model; its head is new, of random weights")
+    tensors, note = unwrapped(tensors, config)
     try:
         model, ignored = from_tensors(tensors, config, dtype=dtype)
     except ModelRejected as error:
         raise ModelRejected(f"{weight_files[0]}: {error}") from error
-    notes = [f"{weight_files[0]}: {note}"] if note else []
+    notes += [f"{weight_files[0]}: {note}"] if note else []
     if "model_type" not in content:
         notes.append(f"{directory / 'config.json'} has no model_type; read as {config.model_type}")
     if weights_file is None and weight_files[0].name not in weights.FORMATS:
@@ -227,8 +241,9 @@ def load_directory(
         log.warning("%s", text)
     names = ("config.json", *tokenizer_files, *(path.name for path in weight_files))
     return Checkpoint(
-        model, config, tokenizer, directory, commit, names, ignored, states, tuple(notes)
-    )
+        model, config, tokenizer, directory, commit, names, ignored, states, tuple(notes),
+        content=content,
+    )  # fmt: skip
 
 
 def checked_dtype(dtype: DTypeLike) -> np.dtype:
@@ -453,6 +468,15 @@ def from_tensors(
     return nnx.merge(graphdef, nnx.from_flat_state(loaded)), ignored
 
 
+def random_head(config: EncoderConfig, seed: int) -> weights.Tensors:
+    """The tensors of a question-answering head as BERT's weights begin: normal, 0.02 wide."""
+    kernel = 0.02 * np.random.default_rng(seed).standard_normal((2, config.dim))
+    return {
+        "qa_outputs.weight": kernel.astype(np.float32),
+        "qa_outputs.bias": np.zeros(2, np.float32),
+    }
+
+
 def listed(what: str, names: Iterable[str]) -> list[str]:
     """What is to be said of tensors: of each, or of many how they begin and three of them."""
     names = sorted(names)
@@ -510,10 +534,17 @@ def save(
     directory: str | Path,
     *,
     tokenizer: tokenizers.Tokenizer | None = None,
+    content: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `config.json`, `model.safetensors` and, when given, the tokenizer's files.
 
     transformers' torch class loads the result to the same logits. Weights keep their dtype.
+
+    Args:
+      model: what is written.
+      directory: made if missing.
+      tokenizer: the model's.
+      content: another config.json, whose other fields (rates of dropout, say) are kept.
 
     Raises:
       TryAgain: the directory cannot be written.
@@ -523,7 +554,9 @@ def save(
         array = np.asarray(param[...])
         name = torch_key(path, model.config.model_type)
         tensors[name] = np.ascontiguousarray(array.T if path[-1] == "kernel" else array)
+    of_others = ("transformers_version", "torch_dtype", "_name_or_path")
     config = {
+        **{name: value for name, value in (content or {}).items() if name not in of_others},
         "architectures": [type(model).__name__],
         **model.config.to_dict(),
         "dtype": tensors["qa_outputs.weight"].dtype.name,
@@ -549,5 +582,5 @@ def save(
         contents["tokenizer.json"] = tokenizer.to_str(pretty=True).encode()
         contents["tokenizer_config.json"] = json.dumps(settings, indent=2).encode() + b"\n"
     directory = files.writable_directory(directory)
-    for name, content in contents.items():
-        files.write_whole(directory / name, content)
+    for name, written in contents.items():
+        files.write_whole(directory / name, written)

@@ -34,7 +34,7 @@ from flaxqa.config import (
     read_toml,
 )
 from flaxqa.errors import FlaxqaError, UsageError, all_problems
-from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig
+from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig, FinetuneConfig
 
 HELP = """Extractive question answering with DistilBERT and BERT on JAX, and the harness that
 measures it.
@@ -44,6 +44,7 @@ measures it.
   flaxqa eval --config quickstart
   flaxqa score dev-v1.1.json predictions.json
   flaxqa compare --config compare --output runs/compare
+  flaxqa finetune --model MODEL --data train.json --output trained
   flaxqa export --model MODEL --format onnx --output model.onnx
 
 MODEL is a directory or a hub id. `flaxqa COMMAND --help` explains a command, `flaxqa info` tells
@@ -60,7 +61,9 @@ class Unchecked:
 
 
 Named = Annotated[str | None, tyro.conf.arg(metavar="FILE")]  # a path, or an object's URL
-NAMED = ("config", "context_file", "predictions", "na_prob_file", "out_file", "data")
+NAMED = (
+    "config", "context_file", "predictions", "na_prob_file", "out_file", "data", "heldout",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,11 @@ class Comparison(Unchecked, CompareConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark(Unchecked, BenchConfig):
     """What is measured, and how."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning(Unchecked, FinetuneConfig):
+    """What is trained, on what, and how."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,6 +240,29 @@ class Eval:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Train a checkpoint on questions with right answers, with --teacher by distillation.
+
+    MODEL is a base model or one with a question-answering head. What comes out is a checkpoint that
+    flaxqa and transformers load. The defaults are the recipe of the published distilled checkpoint.
+    A run that was stopped, even by kill -9, goes on when the same command is given again. Piped,
+    the content of finetune.json is printed as one JSON line.
+
+      flaxqa finetune --model distilbert/distilbert-base-uncased --data train-v1.1.json \
+        --heldout dev-v1.1.json --teacher TEACHER --output student
+    """
+
+    config: Named = None
+    """TOML file with any of the options below, or the name of one of flaxqa's own; an option given
+    here wins over it."""
+
+    restart: bool = False
+    """Remove what another run left in --output and begin anew."""
+
+    tuning: Tuning
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Info(Unchecked, ReaderOptions):
     """Tell what would compute here, and why: versions, devices, kernels, attention.
 
@@ -288,6 +319,7 @@ CONFIGURED: dict[str, tuple[Any, str, Any]] = {
     "eval": (Eval, "evaluation", Evaluation),
     "compare": (Compare, "comparison", Comparison),
     "bench": (Bench, "bench", Benchmark),
+    "finetune": (Finetune, "tuning", Tuning),
 }
 # Of each command its class and what it does.
 COMMANDS: dict[str, tuple[Any, Callable[[Any], int]]] = {
@@ -297,6 +329,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], int]]] = {
     "score": (Score, commands.score),
     "compare": (Compare, lambda command: commands.compare(command.comparison)),
     "bench": (Bench, lambda command: commands.compare(command.bench)),
+    "finetune": (Finetune, commands.finetune),
     "report": (Report, commands.write_report),
     "export": (Export, commands.write_export),
     "info": (Info, commands.info),
@@ -394,7 +427,7 @@ def in_stores(command: Any, name: str) -> bool:
     """Whether an option may name what lies in an object store."""
     if name == "output":
         return isinstance(command, PredictConfig | EvalConfig)
-    return name in (*NAMED, "model", "input")
+    return name in (*NAMED, "model", "teacher", "input")
 
 
 def refuse_urls(command: Any) -> None:

@@ -17,7 +17,7 @@ from flaxqa.errors import DataError, GateNotMet, TryAgain, UsageError
 
 if TYPE_CHECKING:
     from flaxqa.batch import Estimate, Summary
-    from flaxqa.cli import Ask, Export, Info, Predict, Report, Score
+    from flaxqa.cli import Ask, Export, Finetune, Info, Predict, Report, Score
     from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig
 
 SET_ASIDE = 3
@@ -197,6 +197,28 @@ def summary(metrics: dict[str, Any], output: str) -> None:
             1, f"{metrics['set_aside']} questions set aside, see errors.jsonl; they score 0"
         )
     print("\n".join(lines), file=sys.stderr)
+
+
+def finetune(command: Finetune) -> int:
+    from flaxqa.eval import finetune
+    from flaxqa.eval.squad import METRICS
+    from flaxqa.progress import TerminalProgress
+
+    with TerminalProgress() as progress:
+        done = finetune.finetune(command.tuning, progress, restart=command.restart)
+    for one in done["epochs"]:
+        line = f"epoch {one['epoch']:g}: loss {one['loss']:.4f}"
+        line += "".join(f", {metric.label} {one[name]:.2f}" for name, metric in METRICS.items()
+                        if name in one)  # fmt: skip
+        print(f"{line}, {one['questions_per_second']:,.1f} questions/s", file=sys.stderr)
+    if aside := done["data"]["set_aside"]:
+        print(f"{aside} questions set aside, see errors.jsonl", file=sys.stderr)
+    whole = done["steps_done"] == done["steps"]
+    part = "" if whole else f" after {done['steps_done']:,} of {done['steps']:,} steps"
+    print(f"trained checkpoint{part} in {command.tuning.output}", file=sys.stderr)
+    if not sys.stdout.isatty():
+        print(json.dumps(done))
+    return SET_ASIDE if aside else 0
 
 
 def predict(command: Predict) -> int:

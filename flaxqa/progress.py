@@ -19,11 +19,13 @@ class Progress(Protocol):
     def count(self, found: int) -> None:
         """How many were found so far, while they are counted."""
 
-    def begin(self, total: int, done: int = 0) -> None:
+    def begin(self, total: int, done: int = 0, doing: str = "answering") -> None:
         """How many there are to answer, and how many an earlier run has done."""
 
-    def advance(self, answered: int, windows: int, padding: float | None = None) -> None:
-        """How many were just answered, their windows, and the share of padding so far."""
+    def advance(
+        self, answered: int, windows: int, padding: float | None = None, told: str = ""
+    ) -> None:
+        """How many were just answered, their windows, the share of padding so far, and a remark."""
 
 
 class Silence:
@@ -41,10 +43,12 @@ class Silence:
     def count(self, found: int) -> None:
         pass
 
-    def begin(self, total: int, done: int = 0) -> None:
+    def begin(self, total: int, done: int = 0, doing: str = "answering") -> None:
         pass
 
-    def advance(self, answered: int, windows: int, padding: float | None = None) -> None:
+    def advance(
+        self, answered: int, windows: int, padding: float | None = None, told: str = ""
+    ) -> None:
         pass
 
 
@@ -106,13 +110,16 @@ class TerminalProgress:
         self.bar.update(self.task, description=text)
         self.now_and_then(text)
 
-    def begin(self, total: int, done: int = 0) -> None:
+    def begin(self, total: int, done: int = 0, doing: str = "answering") -> None:
         self.total, self.done, self.began = total, done, time.monotonic()
-        self.bar.update(self.task, description="answering", total=total, completed=done)
+        self.answered, self.windows, self.padding = 0, 0, None
+        self.bar.update(self.task, description=doing, total=total, completed=done)
         before = f", {done:,} of them done before" if done else ""
-        self.line(f"answering {total:,} {self.noun}{before}")
+        self.line(f"{doing} {total:,} {self.noun}{before}")
 
-    def advance(self, answered: int, windows: int, padding: float | None = None) -> None:
+    def advance(
+        self, answered: int, windows: int, padding: float | None = None, told: str = ""
+    ) -> None:
         self.done += answered
         self.answered += answered
         self.windows += windows
@@ -123,6 +130,7 @@ class TerminalProgress:
         )
         if self.padding is not None:
             speed += f", {self.padding:.1%} padding"
+        speed += f", {told}" if told else ""
         self.bar.update(self.task, completed=self.done, speed=speed)
         left = duration((self.total - self.done) * seconds / max(self.answered, 1))
         self.now_and_then(f"{self.done:,} of {self.total:,} {self.noun}, {speed}, {left} left")
