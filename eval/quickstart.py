@@ -19,7 +19,7 @@ import json
 import random
 import statistics
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
