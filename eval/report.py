@@ -1,4 +1,4 @@
-"""One page of results: comparisons and evaluations as a self-contained HTML file, and as Markdown.
+"""One page of results: comparisons, evaluations and probes as a self-contained HTML file.
 
 The page loads nothing, neither script nor font nor picture; plots are SVG inside it, in the colours
 of the reader's light or dark scheme. All text from data is escaped.
@@ -19,6 +19,7 @@ from .plots import NOTHING, bars, number, plots
 from .squad import METRICS
 
 SHOWN = 50  # disagreements
+MOST_ASSOCIATIONS = 12  # of a section, before the others are folded in
 MINUS = "\u2212"
 LONGEST = 1_000  # characters of a text
 AROUND = 160  # characters on both sides of an answer
@@ -33,19 +34,21 @@ class Run:
 
     Attributes:
       name: of the directory.
-      comparison: content of comparison.json, None if it is an evaluation.
-      metrics: content of metrics.json, None if it is a comparison.
+      comparison: content of comparison.json, None if it is no comparison.
+      metrics: content of metrics.json, None if it is no evaluation.
       run: content of run.json, with `metrics`.
+      probe: content of probe.json, None if there is none.
     """
 
     name: str
     comparison: Mapping[str, Any] | None = None
     metrics: Mapping[str, Any] | None = None
     run: Mapping[str, Any] | None = None
+    probe: Mapping[str, Any] | None = None
 
 
 def read(directory: str | Path) -> Run:
-    """The results in a directory of `flaxqa eval`, `compare` or `bench`.
+    """The results in a directory of `flaxqa eval`, `compare`, `bench` or `probe`.
 
     Raises:
       UsageError: it has none.
@@ -61,13 +64,18 @@ def read(directory: str | Path) -> Run:
         except OSError as error:
             raise DataError(f"{directory / name} cannot be read: {error.strerror}") from error
 
+    found = {}
     if (directory / "comparison.json").is_file():
-        return Run(directory.name, comparison=content("comparison.json"))
-    if (directory / "metrics.json").is_file():
-        return Run(directory.name, metrics=content("metrics.json"), run=content("run.json"))
+        found["comparison"] = content("comparison.json")
+    elif (directory / "metrics.json").is_file():
+        found |= {"metrics": content("metrics.json"), "run": content("run.json")}
+    if (directory / "probe.json").is_file():
+        found["probe"] = content("probe.json")
+    if found:
+        return Run(directory.name, **found)
     if not directory.is_dir():
         raise UsageError(f"{directory} is {'no directory' if directory.exists() else 'missing'}")
-    raise UsageError(f"{directory} has neither comparison.json nor metrics.json")
+    raise UsageError(f"{directory} has neither comparison.json nor metrics.json nor probe.json")
 
 
 # --- numbers as text ---
@@ -83,8 +91,8 @@ def mebibytes(size: int | None) -> str:
     return NOTHING if size is None else f"{size / 2**20:,.0f} MiB"
 
 
-def signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", MINUS)
+def signed(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", MINUS)
 
 
 def interval(low: float, high: float) -> str:
@@ -233,6 +241,80 @@ def markdown(content: Mapping[str, Any]) -> str:
     return said + "\n\n" + "\n".join(lines) + "\n"
 
 
+# --- what a probe says ---
+
+MEASURES = {  # with their digits
+    "mu": ("\u03bc, how strong", 4), "eta": ("\u03b7, how steady", 2),
+    "positional_error": ("positional error", 4), "attribute_error": ("attribute error", 4),
+}  # fmt: skip
+
+
+def measures(content: Mapping[str, Any]) -> list[list[str]]:
+    """Of each section and of all together its name, its questions and its measures."""
+    every = [*content["sections"], {"name": "overall", "questions": content["questions"],
+                                    **content["overall"]}]  # fmt: skip
+    return [
+        [one["name"], f"{one['questions']:,}",
+         *(f"{one[name]['value']:.{digits}f} ({one[name]['interval'][0]:.{digits}f} to "
+           f"{one[name]['interval'][1]:.{digits}f})" for name, (_, digits) in MEASURES.items())]
+        for one in every
+    ]  # fmt: skip
+
+
+def probe_summary(content: Mapping[str, Any]) -> list[str]:
+    """The measures for a terminal, a line each."""
+    head = ["", "questions", *(label for label, _ in MEASURES.values())]
+    rows = [head, *measures(content)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+             for row in rows]  # fmt: skip
+    return [*lines, "in brackets 95 % bootstrap intervals", *content["notes"]]
+
+
+def probed(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A probe as the page shows it."""
+    example, platform = content["example"], content["platform"]
+    described = {one["name"]: one for one in content["templates"]["sections"]}
+    sections = []
+    for one in content["sections"]:
+        rows = [*one["associations"], *one["groups"]]
+        scale = max((abs(end) for row in rows for end in (row["gamma"], *row["gamma_interval"])),
+                    default=0) or 1  # fmt: skip
+        sections.append({
+            "name": one["name"], "questions": one["questions"],
+            "examples": [(each["context"], " / ".join(each["questions"]))
+                         for each in described[one["name"]]["examples"]],
+            "groups": [association(row, scale) for row in one["groups"]],
+            "associations": [association(row, scale) for row in one["associations"]],
+        })  # fmt: skip
+    return {
+        "name": name,
+        "about": f"{content['started'][:16].replace('T', ' ')} \u00b7 {content['config']['model']} "
+                 f"\u00b7 {platform['dtype']} \u00b7 {Path(content['templates']['path']).name}",
+        "made_of": {"config": content["config"], "model": content["model"],
+                    "templates": content["templates"], "platform": platform,
+                    "versions": content["versions"]},
+        "question": example["question"], "answer": example["answer"],
+        "score": number(example["score"]),
+        "pieces": excerpt(example["context"], [example["answer"]]),
+        "note": content["templates"]["note"], "notes": list(content["notes"]),
+        "head": ["section", "questions", *(label for label, _ in MEASURES.values())],
+        "rows": measures(content), "sections": sections,
+    }  # fmt: skip
+
+
+def association(row: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """A line of the ranked associations; what is drawn goes from -100 to 100."""
+    low, high = row["gamma_interval"]
+    at, begin, end = (100 * value / scale for value in (row["gamma"], low, high))
+    return {
+        "subject": row.get("subject"), "group": row["group"], "attribute": row["attribute"],
+        "gamma": f"{signed(row['gamma'], 4)} ({signed(low, 4)} to {signed(high, 4)})",
+        "eta": signed(row["eta"]), "n": f"{row['n']:,}", "left": f"{min(at, 0):.1f}",
+        "width": f"{abs(at):.1f}", "begin": f"{begin:.1f}", "end": f"{end:.1f}", "less": at < 0,
+    }  # fmt: skip
+
+
 # --- the page ---
 
 
@@ -355,7 +437,8 @@ def page(runs: Sequence[Run]) -> str:
     template = environment.get_template("report.html")
     return template.render(
         compared=compared, evaluated=evaluations(runs), evaluation_plots=evaluation_plots(runs),
-        number=number,
+        probed=[probed(run.name, run.probe) for run in runs if run.probe is not None],
+        most=MOST_ASSOCIATIONS, number=number,
     )  # fmt: skip
 
 

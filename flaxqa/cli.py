@@ -34,7 +34,7 @@ from flaxqa.config import (
     read_toml,
 )
 from flaxqa.errors import FlaxqaError, UsageError, all_problems
-from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig
+from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig, ProbeConfig
 
 HELP = """Extractive question answering with DistilBERT and BERT on JAX, and the harness that
 measures it.
@@ -44,6 +44,7 @@ measures it.
   flaxqa eval --config quickstart
   flaxqa score dev-v1.1.json predictions.json
   flaxqa compare --config compare --output runs/compare
+  flaxqa probe --model MODEL --output runs/probe
   flaxqa export --model MODEL --format onnx --output model.onnx
 
 MODEL is a directory or a hub id. `flaxqa COMMAND --help` explains a command, `flaxqa info` tells
@@ -60,7 +61,7 @@ class Unchecked:
 
 
 Named = Annotated[str | None, tyro.conf.arg(metavar="FILE")]  # a path, or an object's URL
-NAMED = ("config", "context_file", "predictions", "na_prob_file", "out_file", "data")
+NAMED = ("config", "context_file", "predictions", "na_prob_file", "out_file", "data", "templates")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,11 @@ class Comparison(Unchecked, CompareConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark(Unchecked, BenchConfig):
     """What is measured, and how."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probing(Unchecked, ProbeConfig):
+    """What is asked, and of what."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,9 +207,29 @@ class Bench:
     bench: Benchmark
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Measure whom a checkpoint prefers where a text does not say, after UnQover (Li et al. 2020).
+
+    Asks questions like "Who works as a nurse?" of texts that name two people and do not say.
+    Writes probe.json and the page probe.html into --output. The measures are mu, how strong
+    preferences are, eta, how steady, and how far the answers go by places and ignore negations.
+    Piped, they are printed as one JSON line.
+
+      flaxqa probe --model MODEL --output runs/probe
+      flaxqa probe --model MODEL --templates mine.toml --output runs/mine
+    """
+
+    config: Named = None
+    """TOML file with any of the options below, or the name of one of flaxqa's own; an option given
+    here wins over it."""
+
+    probing: Probing
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Make one page of the results of any runs of eval, compare and bench.
+    """Make one page of the results of any runs of eval, compare, bench and probe.
 
     The page is a single HTML file that loads nothing.
     """
@@ -288,6 +314,7 @@ CONFIGURED: dict[str, tuple[Any, str, Any]] = {
     "eval": (Eval, "evaluation", Evaluation),
     "compare": (Compare, "comparison", Comparison),
     "bench": (Bench, "bench", Benchmark),
+    "probe": (Probe, "probing", Probing),
 }
 # Of each command its class and what it does.
 COMMANDS: dict[str, tuple[Any, Callable[[Any], int]]] = {
@@ -297,6 +324,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], int]]] = {
     "score": (Score, commands.score),
     "compare": (Compare, lambda command: commands.compare(command.comparison)),
     "bench": (Bench, lambda command: commands.compare(command.bench)),
+    "probe": (Probe, lambda command: commands.probe(command.probing)),
     "report": (Report, commands.write_report),
     "export": (Export, commands.write_export),
     "info": (Info, commands.info),
