@@ -267,8 +267,15 @@ def results(sections: Sequence[Section], scores: Sequence[np.ndarray], seed: int
         "confidence": 0.95,
         "overall": overall,
         "sections": [
-            {"name": section.name, "questions": count, **section_results(section, table, seed)}
-            for section, table, count in zip(sections, tables, questions, strict=True)
+            {
+                "name": section.name,
+                "questions": count,
+                "mean_score": float(found.mean()),
+                **section_results(section, table, seed),
+            }
+            for section, table, count, found in zip(
+                sections, tables, questions, scores, strict=True
+            )
         ],
     }
 

@@ -255,7 +255,7 @@ def measures(content: Mapping[str, Any]) -> list[list[str]]:
                                     **content["overall"]}]  # fmt: skip
     return [
         [one["name"], f"{one['questions']:,}",
-         *(f"{one[name]['value']:.{digits}f} ({one[name]['interval'][0]:.{digits}f} to "
+         *(f"{one[name]['value']:.{digits}f} ({one[name]['interval'][0]:.{digits}f}{NOTHING}"
            f"{one[name]['interval'][1]:.{digits}f})" for name, (_, digits) in MEASURES.items())]
         for one in every
     ]  # fmt: skip
@@ -281,7 +281,7 @@ def probed(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
         scale = max((abs(end) for row in rows for end in (row["gamma"], *row["gamma_interval"])),
                     default=0) or 1  # fmt: skip
         sections.append({
-            "name": one["name"], "questions": one["questions"],
+            "name": one["name"], "mean_score": number(one["mean_score"]),
             "examples": [(each["context"], " / ".join(each["questions"]))
                          for each in described[one["name"]]["examples"]],
             "groups": [association(row, scale) for row in one["groups"]],
