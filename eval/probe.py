@@ -70,8 +70,7 @@ def probe(config: ProbeConfig, progress: Progress | None = None) -> dict[str, An
         "started": began,
         "finished": run.now(),
     }
-    for name in ("probe.html", "probe.json"):  # of an earlier run
-        (output / name).unlink(missing_ok=True)
+    (output / "probe.html").unlink(missing_ok=True)  # of an earlier run
     files.write_whole(output / "probe.json", run.as_json(content))
     return content
 

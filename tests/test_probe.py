@@ -67,10 +67,11 @@ def scores_of(model, path):
     return probe.ask(chunks, loaded, Silence())[0]
 
 
-def test_scores_are_those_of_the_plain_model(folder, reference, written):
+def test_scores_are_those_of_the_plain_model(folder, reference, small, written):
     import torch
 
-    path = written(SMALL)
+    small["people"]["subjects"] = ["bob", "my city", "wolfgang"]  # one of two tokens
+    path = written(small)
     (section,) = underspecified.read(path).sections
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     expected = []
@@ -138,15 +139,24 @@ def test_a_question_that_needs_two_windows_is_named(folder, small, run_small):
         "[people] template 2, bob and wolfgang, 'was called b': question and context need" in said
     )
     assert "template 1" not in said
+    small["people"]["templates"].pop()
+    small["people"]["templates"][0]["question"] = "who " + "the city " * 16 + "[a]?"  # would be cut
+    with pytest.raises(DataError, match="need more than one window of 64 tokens"):
+        run_small(folder, small)
     assert not (folder.parent / "out" / "probe.json").exists()
 
 
-def test_a_subject_that_the_tokenizer_joins_with_its_neighbours_is_named(small):
-    small["people"]["templates"] = [{"context": "the [x1], [x2], is", "question": "who [a]?"}]
+@pytest.mark.parametrize(
+    "context", ["the [x1], [x2], is", "the, [x1] is, [x2] is", "is, [x1], the [x2]"]
+)
+def test_a_subject_that_the_tokenizer_joins_with_its_neighbours_is_named(small, context):
+    small["people"]["templates"] = [{"context": context, "question": "who [a]?"}]
     (section,) = underspecified.of_toml(small, [])[1]
     loaded = reader.load(MODEL)
     loaded.checkpoint.tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(", ", "isolated")
-    with pytest.raises(DataError, match=r"the tokenizer joins 'bob' with what is around it"):
+    with pytest.raises(
+        DataError, match=r"the tokenizer joins '(bob|wolfgang)' with what is around"
+    ):
         probe.prepare(underspecified.Templates("", "", "", (section,)), loaded)
 
 
@@ -209,8 +219,6 @@ def arguments(folder, written, tmp_path):
 
 
 def test_the_command_writes_both_files_and_prints_one_line(arguments, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "probe.html").write_text("of before")
     assert cli.run(arguments) == 0
     told = capsys.readouterr()
     (line,) = told.out.splitlines()
@@ -241,6 +249,8 @@ def test_without_jinja2_the_numbers_are_written_all_the_same(
     find_spec = commands.importlib.util.find_spec
     monkeypatch.setattr(commands.importlib.util, "find_spec",
                         lambda name: None if name == "jinja2" else find_spec(name))  # fmt: skip
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "probe.html").write_text("of before")
     assert cli.run(arguments) == 0
     assert "the page needs jinja2, which this Python does not have" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["probe.json"]

@@ -225,9 +225,11 @@ def test_cases_of_one_unit_are_resampled_together():
 
 
 def test_an_interval_that_noise_moves_up_still_has_the_value():
-    # Signs that cancel: eta is 0, and of every other resample it is more.
-    rows = [(0, 1, 0, unit, (-1) ** unit) for unit in range(6)]
-    found, _ = underspecified.intervals(table(rows, (2, 1)), seed=0, resamples=200)
+    # Of each attribute the signs cancel, so eta is 0, and more than that in every resample.
+    rng = np.random.default_rng(0)
+    signs = [rng.permutation([1, 1, 1, -1, -1, -1]) for _ in range(20)]
+    rows = [(0, 1, a, unit, signs[a][unit]) for unit in range(6) for a in range(20)]
+    found, _ = underspecified.intervals(table(rows, (2, 20)), seed=0, resamples=200)
     assert found["eta"][0] == 0.0
     assert found["eta"][1] > 0.3
 
