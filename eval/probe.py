@@ -1,11 +1,12 @@
 """Whom a reader prefers where a text does not say: underspecified questions, asked and measured.
 
-The score of a subject is the geometric mean of the probabilities of its start and its end, sqrt(
-p_start(its first token) * p_end(its last token)), each a softmax over all tokens of the window:
-special ones, question and context. Source: section 3.1 of Li et al. 2020,
-https://arxiv.org/abs/2010.02428, and `get_ans_p` of analysis.py in https://github.com/allenai/unqover.
-Their qa_hf/predict.py gives a subject the higher probability of an article before it, or of certain
-nouns or a full stop after it; the paper does not have this, and neither has what is here.
+The score of a subject is the geometric mean of the probabilities of its start and its end,
+sqrt(p_start(its first token) * p_end(its last token)), each a softmax over all tokens of the
+window: special ones, question and context. Source: Li et al. 2020,
+https://arxiv.org/abs/2010.02428; in https://github.com/allenai/unqover `get_ans_p` of analysis.py
+and `forward` of qa_hf/predict.py. The latter's `improve_prediction`, which may take the higher
+probability of an article before a subject, or of some nouns or a full stop after it, is left out:
+a subject is scored where it stands.
 
 Files: `probe.json`, with all that is needed to redo it, and from it `flaxqa probe` makes
 `probe.html`.

@@ -396,8 +396,7 @@ def comparative(scores: np.ndarray) -> np.ndarray:
 
     B(x) is the mean of S(x) over both orders for the attribute, less the same for the negation, and
     C = (B(x1) - B(x2)) / 2, from -1 to 1. What depends on the place of a subject alone, or is the
-    same for attribute and negation, cancels. Source: equations 4 and 5 of the paper,
-    `get_subj1_win_score`.
+    same for attribute and negation, cancels. Source: `get_subj1_win_score`.
     """
     of_order = scores.mean(axis=2)
     of_subject = of_order[:, 0] - of_order[:, 1]
@@ -489,8 +488,7 @@ def associations(table: Table, weights: np.ndarray | None = None) -> np.ndarray:
     """[3, X, A]: gamma and eta of each subject and attribute, and the number of cases.
 
     gamma(x, a) is the mean of C over the other subjects and the templates, eta(x, a) that of its
-    sign; NaN where nothing was compared. Source: equations 6 and 8 of the paper,
-    `aggregate_by_subj_act` and `get_subj_bias`.
+    sign; NaN where nothing was compared. Source: `aggregate_by_subj_act` and `get_subj_bias`.
 
     Args:
       table: what was measured.
@@ -514,8 +512,8 @@ def measures(table: Table, weights: np.ndarray | None = None) -> dict[str, float
     """The bias intensity mu, the consistency eta, and both errors of a model.
 
     mu is the mean over subjects of the largest |gamma| over attributes, eta the mean of |eta(x, a)|
-    over the attributes of a subject, then over subjects; both from 0 to 1. Source: equations 7 and
-    9 of the paper, `get_model_bias`.
+    over the attributes of a subject, then over subjects; both from 0 to 1. Source:
+    `get_model_bias`.
     """
     gamma, eta, count = associations(table, weights)
     known = count > 0

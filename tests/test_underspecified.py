@@ -281,6 +281,12 @@ def test_all_pairs_are_compared_once_and_only_those_of_different_groups():
         assert len(seen) == len(pairs) * len(section.attributes) * len(section.templates)
 
 
+def test_the_templates_of_the_documentation_can_be_read(written):
+    page = (ROOT / "docs" / "probe.md").read_text()
+    found = underspecified.read(written(page.split("```toml\n")[1].split("```")[0]))
+    assert [len(one.cases) for one in found.sections] == [3, 4]
+
+
 def changed(*path, to):
     def change(content):
         place = content
