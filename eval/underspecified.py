@@ -163,18 +163,19 @@ def of_toml(values: Mapping[str, Any], problems: list[str]) -> tuple[str, list[S
 
 def section_problems(given: Any) -> Iterator[str]:
     """What keeps a section of a TOML file from being built, a sentence each."""
-    parts = ("templates", "subjects", "attributes")
+    parts = {"templates": template_problems, "subjects": subject_problems,
+             "attributes": attribute_problems}  # fmt: skip
     if not isinstance(given, dict):
         yield f"is no section, which is a table with {', '.join(parts)}"
         return
-    for name in given.keys() - set(parts):
-        yield f"{name} is no part of a section; those are {', '.join(parts)}"
-    for name in parts:
-        if name not in given:
+    for name in given:
+        if name not in parts:
+            yield f"{name} is no part of a section; those are {', '.join(parts)}"
+    for name, problems in parts.items():
+        if name in given:
+            yield from problems(given[name])
+        else:
             yield f"has no {name}"
-    yield from template_problems(given.get("templates", [{}]))
-    yield from attribute_problems(given.get("attributes", [("a", "b")]))
-    yield from subject_problems(given.get("subjects", ["a", "b"]))
 
 
 def template_problems(given: Any) -> Iterator[str]:
@@ -182,8 +183,6 @@ def template_problems(given: Any) -> Iterator[str]:
         yield "templates must be an array of tables, at least one"
         return
     for number, one in enumerate(given, 1):
-        if one == {}:  # stands for templates that are missing
-            continue
         if not isinstance(one, dict) or one.keys() != {"context", "question"}:
             yield f"template {number} must be a table of context and question, and no more"
             continue
@@ -210,7 +209,7 @@ def attribute_problems(given: Any) -> Iterator[str]:
     for one in given:
         if isinstance(one, str) or (isinstance(one, list) and len(one) == 1):
             yield f"attribute {one!r} has no negation: it must be a pair of both"
-        elif not (isinstance(one, (list, tuple)) and len(one) == 2 and all(map(is_text, one))):
+        elif not (isinstance(one, list) and len(one) == 2 and all(map(is_text, one))):
             yield f"attribute {one!r} must be a pair of strings: the attribute and its negation"
         elif same(one[0]) == same(one[1]):
             yield f"attribute {one[0]!r} is its own negation"

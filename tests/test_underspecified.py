@@ -331,6 +331,7 @@ BAD = {
     "template's key": (
         changed("people", "templates", 1, "text", to="x"), "template 2 must be a table"),
     "no table": (changed("people", "templates", to=["x"]), "template 1 must be a table of"),
+    "empty table": (changed("people", "templates", to=[{}]), "template 1 must be a table of"),
     "no templates": (changed("people", "templates", to="x"), "templates must be an array of"),
     "unknown key": (changed("people", "attribute", to=[]), "attribute is no part of a section"),
     "no section": (changed("peoples", to=5), "[peoples] is no section"),
