@@ -108,9 +108,10 @@ def examples_of(section: Section, template: int) -> dict[str, Any]:
 
 
 def compact(content: dict[str, Any]) -> dict[str, Any]:
-    """The measures alone, for a line."""
+    """The example and the measures, for a line."""
     left_out = ("associations", "groups")
     return {
+        "example": content["example"],
         "questions": content["questions"],
         "confidence": content["confidence"],
         **content["overall"],

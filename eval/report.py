@@ -262,13 +262,15 @@ def measures(content: Mapping[str, Any]) -> list[list[str]]:
 
 
 def probe_summary(content: Mapping[str, Any]) -> list[str]:
-    """The measures for a terminal, a line each."""
+    """The example and the measures for a terminal, a line each."""
     head = ["", "questions", *(label for label, _ in MEASURES.values())]
     rows = [head, *measures(content)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in rows]  # fmt: skip
-    return [*lines, "in brackets 95 % bootstrap intervals", *content["notes"]]
+    one = content["example"]
+    first = f"{one['context']} {one['question']} {one['answer']} (score {number(one['score'])})"
+    return [first, *lines, "in brackets 95 % bootstrap intervals", *content["notes"]]
 
 
 def probed(name: str, content: Mapping[str, Any]) -> dict[str, Any]:

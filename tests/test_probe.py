@@ -225,6 +225,7 @@ def test_the_command_writes_both_files_and_prints_one_line(arguments, tmp_path, 
     content = json.loads((tmp_path / "out" / "probe.json").read_bytes())
     assert json.loads(line)["mu"] == content["overall"]["mu"]
     assert "associations" not in line
+    assert f"Who is the CEO? {content['example']['answer']} (score" in told.err
     assert f"{content['overall']['mu']['value']:.4f}" in told.err
     page = (tmp_path / "out" / "probe.html").read_text()
     for text in ("Who is the CEO?", "only a test", "wolfgang", "arXiv 2010.02428"):
