@@ -221,3 +221,25 @@ class BenchConfig(Measurement):
     @property
     def backends(self) -> tuple[str, ...]:
         return (self.backend,)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeConfig(ReaderOptions, ModelOptions):
+    """Underspecified questions that measure whom a checkpoint prefers."""
+
+    PATHS: ClassVar[tuple[str, ...]] = ("templates", "output")
+
+    templates: str = "underspecified"
+    """A TOML file of templates, JSON that UnQover generated, or the name of flaxqa's own."""
+
+    output: str
+    """Directory for the results; made if missing. Results of an earlier run are replaced."""
+
+    seed: int = 0
+    """Of the resampling that gives intervals."""
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.seed < 0:
+            found.append(f"seed is {self.seed!r}, it must not be negative")
+        return found

@@ -1,4 +1,4 @@
-"""One page of results: comparisons and evaluations as a self-contained HTML file, and as Markdown.
+"""One page of results: comparisons, evaluations and probes as a self-contained HTML file.
 
 The page loads nothing, neither script nor font nor picture; plots are SVG inside it, in the colours
 of the reader's light or dark scheme. All text from data is escaped.
@@ -7,9 +7,7 @@ of the reader's light or dark scheme. All text from data is escaped.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,14 @@ from typing import Any
 from flaxqa import files
 from flaxqa.errors import DataError, UsageError
 
+from .plots import NOTHING, bars, number, plots
 from .squad import METRICS
 
 SHOWN = 50  # disagreements
-INK, LINE = "#00f0fe", "#00f0ff"  # stand for colours of the page, as #00f000 and on for its series
-NOTHING, MINUS = "\u2013", "\u2212"
+MOST_ASSOCIATIONS = 12  # of a section, before the others are folded in
+MINUS = "\u2212"
 LONGEST = 1_000  # characters of a text
 AROUND = 160  # characters on both sides of an answer
-SERIES = 10
 
 
 # --- reading ---
@@ -36,19 +34,21 @@ class Run:
 
     Attributes:
       name: of the directory.
-      comparison: content of comparison.json, None if it is an evaluation.
-      metrics: content of metrics.json, None if it is a comparison.
+      comparison: content of comparison.json, None if it is no comparison.
+      metrics: content of metrics.json, None if it is no evaluation.
       run: content of run.json, with `metrics`.
+      probe: content of probe.json, None if there is none.
     """
 
     name: str
     comparison: Mapping[str, Any] | None = None
     metrics: Mapping[str, Any] | None = None
     run: Mapping[str, Any] | None = None
+    probe: Mapping[str, Any] | None = None
 
 
 def read(directory: str | Path) -> Run:
-    """The results in a directory of `flaxqa eval`, `compare` or `bench`.
+    """The results in a directory of `flaxqa eval`, `compare`, `bench` or `probe`.
 
     Raises:
       UsageError: it has none.
@@ -64,28 +64,21 @@ def read(directory: str | Path) -> Run:
         except OSError as error:
             raise DataError(f"{directory / name} cannot be read: {error.strerror}") from error
 
+    found = {}
     if (directory / "comparison.json").is_file():
-        return Run(directory.name, comparison=content("comparison.json"))
-    if (directory / "metrics.json").is_file():
-        return Run(directory.name, metrics=content("metrics.json"), run=content("run.json"))
+        found["comparison"] = content("comparison.json")
+    elif (directory / "metrics.json").is_file():
+        found |= {"metrics": content("metrics.json"), "run": content("run.json")}
+    if (directory / "probe.json").is_file():
+        found["probe"] = content("probe.json")
+    if found:
+        return Run(directory.name, **found)
     if not directory.is_dir():
         raise UsageError(f"{directory} is {'no directory' if directory.exists() else 'missing'}")
-    raise UsageError(f"{directory} has neither comparison.json nor metrics.json")
+    raise UsageError(f"{directory} has neither comparison.json nor metrics.json nor probe.json")
 
 
 # --- numbers as text ---
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Digits that count: 12,345, 1,234, 123, 12.3, 1.23, 0.123, 1.2e-05."""
-    if value is None:
-        return NOTHING
-    if value == 0:
-        return "0"
-    if abs(value) < 0.001:
-        return f"{value:.1e}"
-    whole = len(str(int(abs(value))))
-    return f"{value:,.{max(digits - whole, 0)}f}" if abs(value) >= 1 else f"{value:.{digits}g}"
 
 
 def took(seconds: float | None) -> str:
@@ -98,8 +91,8 @@ def mebibytes(size: int | None) -> str:
     return NOTHING if size is None else f"{size / 2**20:,.0f} MiB"
 
 
-def signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", MINUS)
+def signed(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", MINUS)
 
 
 def interval(low: float, high: float) -> str:
@@ -248,200 +241,80 @@ def markdown(content: Mapping[str, Any]) -> str:
     return said + "\n\n" + "\n".join(lines) + "\n"
 
 
-# --- plots ---
+# --- what a probe says ---
+
+MEASURES = {  # with their digits
+    "mu": ("\u03bc, how strong", 4), "eta": ("\u03b7, how steady", 2),
+    "positional_error": ("positional error", 4), "attribute_error": ("attribute error", 4),
+}  # fmt: skip
 
 
-def colour(index: int) -> str:
-    return f"#00f0{index % SERIES:02x}"
+def measures(content: Mapping[str, Any]) -> list[list[str]]:
+    """Of each section and of all together its name, its questions and its measures."""
+    every = [*content["sections"], {"name": "overall", "questions": content["questions"],
+                                    **content["overall"]}]  # fmt: skip
+    return [
+        [one["name"], f"{one['questions']:,}",
+         *(f"{one[name]['value']:.{digits}f} ({one[name]['interval'][0]:.{digits}f}{NOTHING}"
+           f"{one[name]['interval'][1]:.{digits}f})" for name, (_, digits) in MEASURES.items())]
+        for one in every
+    ]  # fmt: skip
 
 
-def svg(figure: Any, name: str) -> str:
-    """A figure as SVG for the page, in its colours and its font."""
-    import matplotlib as mpl
-    import matplotlib.pyplot as plt
-
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    plt.close(figure)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = text.replace(INK, "var(--ink)").replace(LINE, "var(--line)")
-    text = re.sub(r"#00f0(\d\d)", r"var(--series-\1)", text)
-    text = re.sub(r"font: (\S+) [^;\"]*", r"font-size: \1; font-family: inherit", text)
-    text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', ' class="plot" role="img"', text, count=1)
-    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+def probe_summary(content: Mapping[str, Any]) -> list[str]:
+    """The example and the measures for a terminal, a line each."""
+    head = ["", "questions", *(label for label, _ in MEASURES.values())]
+    rows = [head, *measures(content)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+             for row in rows]  # fmt: skip
+    one = content["example"]
+    first = f"{one['context']} {one['question']} {one['answer']} (score {number(one['score'])})"
+    return [first, *lines, "in brackets 95 % bootstrap intervals", *content["notes"]]
 
 
-def axes_of(height: float, *, xlabel: str, ylabel: str = "") -> tuple[Any, Any]:
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.6, height), layout="constrained")
-    axes.set_xlabel(xlabel, color=INK, fontsize=10)
-    axes.set_ylabel(ylabel, color=INK, fontsize=10)
-    axes.tick_params(colors=INK, labelsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(LINE)
-    axes.patch.set_alpha(0)
-    return figure, axes
-
-
-def bars(
-    names: Sequence[str],
-    series: Mapping[str, Sequence[float | None]],
-    *,
-    name: str,
-    xlabel: str,
-    spread: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
-    stacked: bool = False,
-) -> str:
-    """Horizontal bars: for each name one of each series, beside or after one another."""
-    rows = len(names) * (1 if stacked else len(series))
-    figure, axes = axes_of(0.26 * rows + 0.16 * len(names) + 1.0, xlabel=xlabel)
-    size = 0.7 if stacked else 0.8 / len(series)
-    left = [0.0] * len(names)
-    for index, (label, values) in enumerate(series.items()):
-        axes.barh(0, 0, color=colour(index), label=label)  # for the legend
-        for place, value in enumerate(values):
-            if value is None:
-                continue
-            at = place if stacked else place + (index - (len(series) - 1) / 2) * size
-            axes.barh(at, value, size * 0.92, left=left[place], color=colour(index))
-            if stacked:
-                left[place] += value
-            elif spread is not None and (ends := spread[label][place]) is not None:
-                axes.plot(ends, (at, at), color=INK, linewidth=1.2)
-            if not stacked:
-                right = max(value, (spread[label][place] or (0, 0))[1]) if spread else value
-                axes.annotate(number(value), (right, at), (4, 0), textcoords="offset points",
-                              va="center", color=INK, fontsize=9)  # fmt: skip
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    if len(series) > 1:
-        legend(axes)
-    if not stacked:
-        axes.margins(x=0.12)
-    return svg(figure, name)
+def probed(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A probe as the page shows it."""
+    example, platform = content["example"], content["platform"]
+    described = {one["name"]: one for one in content["templates"]["sections"]}
+    sections = []
+    for one in content["sections"]:
+        rows = [*one["associations"], *one["groups"]]
+        scale = max((abs(end) for row in rows for end in (row["gamma"], *row["gamma_interval"])),
+                    default=0) or 1  # fmt: skip
+        sections.append({
+            "name": one["name"], "mean_score": number(one["mean_score"]),
+            "examples": [(each["context"], " / ".join(each["questions"]))
+                         for each in described[one["name"]]["examples"]],
+            "groups": [association(row, scale) for row in one["groups"]],
+            "associations": [association(row, scale) for row in one["associations"]],
+        })  # fmt: skip
+    return {
+        "name": name,
+        "about": f"{content['started'][:16].replace('T', ' ')} \u00b7 {content['config']['model']} "
+                 f"\u00b7 {platform['dtype']} \u00b7 {Path(content['templates']['path']).name}",
+        "made_of": {"config": content["config"], "model": content["model"],
+                    "templates": content["templates"], "platform": platform,
+                    "versions": content["versions"]},
+        "question": example["question"], "answer": example["answer"],
+        "score": number(example["score"]),
+        "pieces": excerpt(example["context"], [example["answer"]]),
+        "note": content["templates"]["note"], "notes": list(content["notes"]),
+        "head": ["section", "questions", *(label for label, _ in MEASURES.values())],
+        "rows": measures(content), "sections": sections,
+    }  # fmt: skip
 
 
-def lines(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    *,
-    name: str,
-    xlabel: str,
-    ylabel: str,
-    log: tuple[bool, bool] = (False, False),
-) -> str:
-    """A curve of each series."""
-    figure, axes = axes_of(3.6, xlabel=xlabel, ylabel=ylabel)
-    marks = "osD^v<>PX*"
-    for index, (label, (x, y)) in enumerate(series.items()):
-        mark = marks[index % len(marks)] if len(x) < 20 else None
-        style = "-" if index < SERIES else "--"
-        axes.plot(x, y, style, color=colour(index), marker=mark, markersize=4, linewidth=1.6,
-                  label=label)  # fmt: skip
-    if log[0]:
-        axes.set_xscale("log")
-        places = sorted({value for x, _ in series.values() for value in x})
-        if len(places) >= 20:  # not some sizes that were chosen, but all kinds of values
-            places = [step * 10**power for power in range(-3, 7) for step in (1, 2, 5)
-                      if places[0] <= step * 10**power <= places[-1]]  # fmt: skip
-        axes.set_xticks(places, [f"{place:,g}" for place in places])
-        axes.minorticks_off()
-    if log[1]:
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0)
-    axes.grid(color=LINE, linewidth=0.6)
-    legend(axes)
-    return svg(figure, name)
-
-
-def legend(axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False,
-                labelcolor=INK, fontsize=9)  # fmt: skip
-
-
-def plots(content: Mapping[str, Any]) -> dict[str, str]:
-    """The plots of a comparison under their titles; those with nothing to show are left out."""
-    rows = there(content)
-    names = [row["name"] for row in rows]
-    ways = list(dict.fromkeys(way for row in rows for way in row["offline"]))
-    made: dict[str, str] = {}
-    if ways:
-
-        def offline(row: Mapping[str, Any], way: str, *keys: str) -> Any:
-            one = row["offline"].get(way)
-            return None if one is None else [one[key] for key in keys]
-
-        speeds = {way: [(offline(row, way, "questions_per_second") or [None])[0] for row in rows]
-                  for way in ways}  # fmt: skip
-        spreads = {way: [offline(row, way, "lowest", "highest") for row in rows] for way in ways}
-        made["Throughput, all questions at once"] = bars(
-            names, speeds, name="speed", spread=spreads,
-            xlabel="questions/s; the line is the spread over rounds",
-        )  # fmt: skip
-        way = next((way for way in reversed(ways) if way != "streamed"), ways[-1])
-        timed = [row for row in rows if way in row["offline"]]
-        spent = [row["offline"][way]["stages"] for row in timed]  # medians, each of its own
-        made[f"Where the time goes, {way}"] = bars(
-            [row["name"] for row in timed],
-            {stage: [100 * one[stage] / sum(one.values()) for one in spent] for stage in spent[0]},
-            name="stages", stacked=True, xlabel="percent of the time from raw text to answers",
-        )  # fmt: skip
-    quick = [row for row in rows if row["single"]]
-    if quick:
-        shares = [*range(1, 100)]
-        made["Latency of one question"] = lines(
-            {row["name"]: (quantiles(row["single"]["latencies"], shares), shares) for row in quick},
-            name="latency", xlabel="milliseconds", ylabel="percent answered", log=(True, False),
-        )  # fmt: skip
-    served = [row for row in rows if row["server"]]
-    if served:
-        made["Latency under load"] = lines(
-            {row["name"]: ([trial["rate"] for trial in row["server"]["trials"]],
-                           [1_000 * trial["p99"] for trial in row["server"]["trials"]])
-             for row in served},
-            name="server", xlabel="questions/s that arrive at random",
-            ylabel="99 of 100 within, milliseconds", log=(True, True),
-        )  # fmt: skip
-    made |= sweeps(rows)
-    if any(row["peak_memory_bytes"] for row in rows):
-        sizes = [row["peak_memory_bytes"] and row["peak_memory_bytes"] / 2**20 for row in rows]
-        made["Memory"] = bars(names, {"peak": sizes}, name="memory", xlabel="MiB at the peak")
-    return made
-
-
-def sweeps(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The plots of throughput by batch size and by length."""
-    made: dict[str, str] = {}
-    swept = [row for row in rows if row["sweep"]]
-    for title, key, other, fixed, label in (
-        ("Throughput and batch size", "batch", "length", 128, "windows of 128 tokens in a batch"),
-        ("Throughput and length", "length", "batch", 8, "tokens of each of 8 windows"),
-    ):
-        series = {}
-        for row in swept:
-            points = sorted((one[key], one["tokens_per_second"]) for one in row["sweep"]
-                            if one[other] == fixed and "tokens_per_second" in one)  # fmt: skip
-            if points:
-                series[row["name"]] = ([x for x, _ in points], [y for _, y in points])
-        if series:
-            made[title] = lines(
-                series, name=key, xlabel=label, ylabel="tokens/s", log=(True, False)
-            )
-    return made
-
-
-def quantiles(seconds: Sequence[float], shares: Sequence[int]) -> list[float]:
-    """Milliseconds."""
-    import numpy as np
-
-    return (1_000 * np.percentile(seconds, shares)).tolist()
+def association(row: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """A line of the ranked associations; what is drawn goes from -100 to 100."""
+    low, high = row["gamma_interval"]
+    at, begin, end = (100 * value / scale for value in (row["gamma"], low, high))
+    return {
+        "subject": row.get("subject"), "group": row["group"], "attribute": row["attribute"],
+        "gamma": f"{signed(row['gamma'], 4)} ({signed(low, 4)} to {signed(high, 4)})",
+        "eta": signed(row["eta"]), "n": f"{row['n']:,}", "left": f"{min(at, 0):.1f}",
+        "width": f"{abs(at):.1f}", "begin": f"{begin:.1f}", "end": f"{end:.1f}", "less": at < 0,
+    }  # fmt: skip
 
 
 # --- the page ---
@@ -555,7 +428,7 @@ def page(runs: Sequence[Run]) -> str:
             "content": run.comparison,
             "summary": summary(run.comparison),
             "table": table(run.comparison),
-            "plots": plots(run.comparison),
+            "plots": plots(there(run.comparison)),
             "disagreements": disagreements(run.comparison),
             "differing": len(run.comparison["disagreements"]),
             "names": [row["name"] for row in there(run.comparison)],
@@ -566,7 +439,8 @@ def page(runs: Sequence[Run]) -> str:
     template = environment.get_template("report.html")
     return template.render(
         compared=compared, evaluated=evaluations(runs), evaluation_plots=evaluation_plots(runs),
-        number=number,
+        probed=[probed(run.name, run.probe) for run in runs if run.probe is not None],
+        most=MOST_ASSOCIATIONS, number=number,
     )  # fmt: skip
 
 

@@ -104,6 +104,19 @@ def describe(
     config: EvalConfig, loaded: Reader, data: Data, source: dict[str, Any]
 ) -> dict[str, Any]:
     """What decides the results, and what the run is made on: the content of `run.json`."""
+    return {
+        **describe_reader(config, loaded),
+        "data": {
+            **source,
+            "version": questions.VERSION_2 if data.v2 else questions.VERSION,
+            "questions_sha256": questions.sha256(data.questions),
+        },
+        "decoder": config.decoder,
+    }
+
+
+def describe_reader(config: ReaderOptions, loaded: Reader) -> dict[str, Any]:
+    """The part of it that any run of a reader has."""
     checkpoint, predictor = loaded.checkpoint, loaded.predictor
     return {
         "config": dataclasses.asdict(config),
@@ -114,12 +127,6 @@ def describe(
             "ignored_tensors": dict(checkpoint.ignored),
             "notes": list(checkpoint.notes),
         },
-        "data": {
-            **source,
-            "version": questions.VERSION_2 if data.v2 else questions.VERSION,
-            "questions_sha256": questions.sha256(data.questions),
-        },
-        "decoder": config.decoder,
         "windows": {
             "max_length": loaded.max_length,
             "doc_stride": loaded.doc_stride,

@@ -34,7 +34,7 @@ from flaxqa.config import (
     read_toml,
 )
 from flaxqa.errors import FlaxqaError, UsageError, all_problems
-from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig, FinetuneConfig
+from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig, FinetuneConfig, ProbeConfig
 
 HELP = """Extractive question answering with DistilBERT and BERT on JAX, and the harness that
 measures it.
@@ -45,6 +45,7 @@ measures it.
   flaxqa score dev-v1.1.json predictions.json
   flaxqa compare --config compare --output runs/compare
   flaxqa finetune --model MODEL --data train.json --output trained
+  flaxqa probe --model MODEL --output runs/probe
   flaxqa export --model MODEL --format onnx --output model.onnx
 
 MODEL is a directory or a hub id. `flaxqa COMMAND --help` explains a command, `flaxqa info` tells
@@ -63,6 +64,7 @@ class Unchecked:
 Named = Annotated[str | None, tyro.conf.arg(metavar="FILE")]  # a path, or an object's URL
 NAMED = (
     "config", "context_file", "predictions", "na_prob_file", "out_file", "data", "heldout",
+    "templates",
 )  # fmt: skip
 
 
@@ -105,6 +107,11 @@ class Benchmark(Unchecked, BenchConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning(Unchecked, FinetuneConfig):
     """What is trained, on what, and how."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probing(Unchecked, ProbeConfig):
+    """What is asked, and of what."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,9 +216,29 @@ class Bench:
     bench: Benchmark
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Measure whom a checkpoint prefers where a text does not say, after UnQover (Li et al. 2020).
+
+    Asks questions like "Who works as a nurse?" of texts that name two people and do not say.
+    Writes probe.json and the page probe.html into --output. The measures are mu, how strong
+    preferences are, eta, how steady, and how far the answers go by places and ignore negations.
+    Piped, they are printed as one JSON line.
+
+      flaxqa probe --model MODEL --output runs/probe
+      flaxqa probe --model MODEL --templates mine.toml --output runs/mine
+    """
+
+    config: Named = None
+    """TOML file with any of the options below, or the name of one of flaxqa's own; an option given
+    here wins over it."""
+
+    probing: Probing
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Make one page of the results of any runs of eval, compare and bench.
+    """Make one page of the results of any runs of eval, compare, bench and probe.
 
     The page is a single HTML file that loads nothing.
     """
@@ -320,6 +347,7 @@ CONFIGURED: dict[str, tuple[Any, str, Any]] = {
     "compare": (Compare, "comparison", Comparison),
     "bench": (Bench, "bench", Benchmark),
     "finetune": (Finetune, "tuning", Tuning),
+    "probe": (Probe, "probing", Probing),
 }
 # Of each command its class and what it does.
 COMMANDS: dict[str, tuple[Any, Callable[[Any], int]]] = {
@@ -330,6 +358,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], int]]] = {
     "compare": (Compare, lambda command: commands.compare(command.comparison)),
     "bench": (Bench, lambda command: commands.compare(command.bench)),
     "finetune": (Finetune, commands.finetune),
+    "probe": (Probe, lambda command: commands.probe(command.probing)),
     "report": (Report, commands.write_report),
     "export": (Export, commands.write_export),
     "info": (Info, commands.info),

@@ -18,7 +18,7 @@ from flaxqa.errors import DataError, GateNotMet, TryAgain, UsageError
 if TYPE_CHECKING:
     from flaxqa.batch import Estimate, Summary
     from flaxqa.cli import Ask, Export, Finetune, Info, Predict, Report, Score
-    from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig
+    from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig, ProbeConfig
 
 SET_ASIDE = 3
 SHOWN = 20  # of many warnings of one kind
@@ -102,13 +102,20 @@ def write_export(command: Export) -> int:
     return 0
 
 
+def missing(what: str, *packages: str) -> str | None:
+    """Which packages are not installed, and what installs them; None if all are."""
+    if not (names := [name for name in packages if importlib.util.find_spec(name) is None]):
+        return None
+    return (
+        f"{what} needs {' and '.join(names)}, which this Python does not have: "
+        "pip install 'flaxqa[compare]'"
+    )
+
+
 def needs(what: str, *packages: str) -> None:
     """Raises: UsageError: a package is not installed; says what installs them all."""
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise UsageError(
-            f"{what} needs {' and '.join(missing)}, which this Python does not have: "
-            "pip install 'flaxqa[compare]'"
-        )
+    if (told := missing(what, *packages)) is not None:
+        raise UsageError(told)
 
 
 def compare(config: CompareConfig | BenchConfig) -> int:
@@ -136,9 +143,26 @@ def write_report(command: Report) -> int:
 
     needs("the report", "jinja2", "matplotlib")
     if not command.runs:
-        raise UsageError("give at least one RUN: the --output of an eval, compare or bench")
+        raise UsageError("give at least one RUN: the --output of an eval, compare, bench or probe")
     report.write([report.read(one) for one in command.runs], command.output)
     print(f"flaxqa: {command.output}", file=sys.stderr)
+    return 0
+
+
+def probe(config: ProbeConfig) -> int:
+    from flaxqa.eval import probe, report
+    from flaxqa.progress import TerminalProgress
+
+    with TerminalProgress() as progress:
+        found = probe.probe(config, progress)
+    print("\n".join(report.probe_summary(found)), file=sys.stderr)
+    page = Path(config.output) / "probe.html"
+    told = missing("the page", "jinja2")
+    if told is None:
+        report.write([report.Run(page.parent.name, probe=found)], page)
+    print(f"flaxqa: {told or page}", file=sys.stderr)
+    if not sys.stdout.isatty():
+        print(json.dumps(probe.compact(found)))
     return 0
 
 

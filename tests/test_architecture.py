@@ -105,7 +105,7 @@ def test_every_option_is_used():
     # Those that a class takes under the same name are passed on by `Options.of`.
     named = {node.value for node in nodes if isinstance(node, ast.Constant)}
     kinds = [config.ReaderOptions, config.PredictConfig, eval_config.EvalConfig,
-             eval_config.CompareConfig]  # fmt: skip
+             eval_config.CompareConfig, eval_config.ProbeConfig]  # fmt: skip
     for kind in kinds:
         for field in dataclasses.fields(kind):
             assert field.name in read | named, f"{kind.__name__}.{field.name}"

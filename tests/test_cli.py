@@ -41,7 +41,7 @@ def test_help_teaches_and_loads_nothing_heavy():
         assert part in done.stdout
 
 
-@pytest.mark.parametrize("command", ["ask", "eval", "score"])
+@pytest.mark.parametrize("command", ["ask", "eval", "score", "probe"])
 def test_every_command_explains_itself(command):
     done = flaxqa(command, "--help")
     assert done.returncode == 0

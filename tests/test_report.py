@@ -12,7 +12,7 @@ from conftest import QUICKSTART
 
 from flaxqa import cli
 from flaxqa.errors import DataError, UsageError
-from flaxqa.eval import report, squad
+from flaxqa.eval import plots, report, squad
 
 EVIL = '<script>alert("x")</script> & <b>'
 
@@ -204,7 +204,7 @@ def test_markdown_has_a_row_for_each_backend(content):
      (0, "0"), (None, "\u2013"), (-3.21, "-3.21")],
 )  # fmt: skip
 def test_numbers_have_the_digits_that_count(value, text):
-    assert report.number(value) == text
+    assert plots.number(value) == text
 
 
 def test_runs_of_eval_come_in_a_table_and_in_plots(tmp_path, content, capsys):
