@@ -1,0 +1,447 @@
+"""The sections of a model card, as Markdown: what the results of runs say of a checkpoint.
+
+All text from data is escaped, and of paths only the last part is shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, Literal
+
+from flaxqa.config import Options
+
+from . import report
+from .report import NOTHING, number
+from .squad import METRICS
+
+LONGEST = 300  # characters of a text from data
+STRONGEST = 10  # associations
+KINDS = {"eval": "metrics.json", "compare": "comparison.json", "probe": "probe.json",
+         "finetune": "finetune.json"}  # fmt: skip
+Kind = Literal["eval", "compare", "probe", "finetune"]
+# A path in the middle of a text, but for its last part.
+FOLDERS = re.compile(r"(?<![\w.:/\\~-])(?:~\w*|\.\.?|[A-Za-z]:)?[/\\](?:[^\s/\\'\"`,;|<>]+[/\\])*")
+OFFICIAL = "https://rajpurkar.github.io/SQuAD-explorer/"
+# sha256 of the official files, and of dev-v1.1's questions in any other format.
+KNOWN = {
+    "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955":
+        ("rajpurkar/squad", "plain_text", "train", "SQuAD v1.1"),
+    "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9":
+        ("rajpurkar/squad", "plain_text", "validation", "SQuAD v1.1"),
+    "3aa015c71f3f93b335a772fdc9bf5140705e386e20523f858a1bf85a06c7bb9b":
+        ("rajpurkar/squad", "plain_text", "validation", "SQuAD v1.1"),
+    "68dcfbb971bd3e96d5b46c7177b16c1a4e7d4bdef19fb204502738552dede002":
+        ("rajpurkar/squad_v2", "squad_v2", "train", "SQuAD 2.0"),
+    "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8":
+        ("rajpurkar/squad_v2", "squad_v2", "validation", "SQuAD 2.0"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The results of one run.
+
+    Attributes:
+      kind: which command made them.
+      directory: they are in.
+      content: of the file of its kind.
+      about: content of run.json for an evaluation, otherwise `content` again.
+    """
+
+    kind: Kind
+    directory: PurePath
+    content: Mapping[str, Any]
+    about: Mapping[str, Any]
+
+    @property
+    def data(self) -> DataSet:
+        return DataSet.of(self.about["data"], self.about["config"])
+
+    @property
+    def part(self) -> bool:
+        """Whether an evaluation is of less than all questions of its data."""
+        return int(self.content["total"]) < int(self.about["data"]["questions"])
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """A data set by the names that the hub knows.
+
+    Attributes:
+      id: of a hub data set; the name of a file.
+      name: for people.
+      on_hub: whether the hub has it.
+      revision: commit of the hub's.
+      hashes: sha256 of a file, or of the questions.
+    """
+
+    id: str
+    name: str
+    on_hub: bool
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: Mapping[str, Any], config: Mapping[str, Any]) -> DataSet:
+        """What a run's `data` stands for; a file is an official one only if its hash says so."""
+        hashes = {key: str(source[key]) for key in ("sha256", "questions_sha256")
+                  if source.get(key)}  # fmt: skip
+        name = str(source["name"])
+        if "sha256" not in source and "files" not in source and source.get("commit"):
+            return cls(name, name, True, config.get("data_config"), source.get("split"),
+                       source["commit"], hashes)  # fmt: skip
+        # That of a file is of all of it; that of the questions only where no limit cut them.
+        for value in hashes.values():
+            if value in KNOWN:
+                known, its_config, split, title = KNOWN[value]
+                return cls(known, title, True, its_config, split, None, hashes)
+        return cls(last_part(name), last_part(name), False, hashes=hashes)
+
+    @property
+    def hash(self) -> tuple[str, str] | None:
+        """What tells its content: the hash of the file, otherwise of the questions; and which."""
+        return next(iter(self.hashes.items()), None)
+
+
+# --- text ---
+
+
+def last_part(name: str) -> str:
+    """A path without the folders it is in."""
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or "model"
+
+
+def plain(text: object, *, table: bool = True) -> str:
+    """A text from data as Markdown that shows it: one line, not endless, without markup or folders.
+
+    Args:
+      text: any value.
+      table: whether it may stand in a table, whose bars are then escaped, too.
+    """
+    line = " ".join(FOLDERS.sub("", str(text)).split())
+    line = line if len(line) <= LONGEST else line[:LONGEST] + " …"
+    line = re.sub(r"([\\`*_\[\]~$#])", r"\\\1", line.replace("&", "&amp;"))
+    line = line.replace("<", "&lt;").replace(">", "&gt;")
+    return line.replace("|", "\\|") if table else line
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are Markdown already."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    lines.insert(1, "|" + "---|" * len(head))
+    return "\n".join(lines)
+
+
+def fenced(code: str, language: str) -> str:
+    """Code in a fence that nothing in it can close."""
+    ticks = max((len(one) for one in re.findall(r"`+", code)), default=0)
+    fence = "`" * max(ticks + 1, 3)
+    return f"{fence}{language}\n{code.rstrip()}\n{fence}"
+
+
+def scored(value: float, interval: Sequence[float] | None) -> str:
+    """A score and its 95 % interval."""
+    return f"{value:.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
+
+
+def share(found: Mapping[str, Any] | None) -> str:
+    """A number of a probe with its interval."""
+    if not found or found.get("value") is None:
+        return NOTHING
+    low, high = found.get("interval") or (None, None)
+    return f"{found['value']:.3f}" + ("" if low is None else f" ({low:.3f} to {high:.3f})")
+
+
+# --- evaluation ---
+
+
+def evaluation_row(run: Run) -> list[str]:
+    metrics, about = run.content, run.about
+    windows, platform = about["windows"], about["platform"]
+    questions = f"{metrics['total']:,}"
+    if run.part:
+        questions = f"the first {questions} of {about['data']['questions']:,}"
+    cut = f"{windows['max_length']} tokens, {windows['doc_stride']} shared"
+    if windows["kind"] != "overlap":
+        cut = f"{windows['max_length']} tokens, every {windows['doc_stride']} ({windows['kind']})"
+    return [
+        called(run.data), questions,
+        *(scored(metrics[name], metrics[f"{name}_interval"]) for name in METRICS),
+        f"{metrics['n_windows']:,} of {cut}", plain(about["decoder"]),
+        f"{platform['dtype']}, {plain(platform['device_kind'])}",
+    ]  # fmt: skip
+
+
+def called(data: DataSet) -> str:
+    """A data set as tables call it."""
+    if not data.on_hub:
+        return plain(data.name)
+    name = f"[{plain(data.name)}](https://huggingface.co/datasets/{data.id})"
+    return name + (f", {plain(data.split)}" if data.split else "")
+
+
+def evaluation_notes(run: Run) -> list[str]:
+    """What has to be said of an evaluation besides, a sentence each."""
+    metrics, name = run.content, called(run.data)
+    said = []
+    if run.part:
+        said.append(
+            f"Only the first {metrics['total']:,} of {run.about['data']['questions']:,} questions "
+            f"of {name} were asked: these are not its scores, and they are not in the metadata."
+        )
+    if metrics["set_aside"]:
+        said.append(f"{metrics['set_aside']:,} questions of {name} could not be asked; they count "
+                    "as wrong.")  # fmt: skip
+    kinds = {"HasAns": "with an answer", "NoAns": "without one"}
+    told = [f"{told} EM {metrics[f'{kind}_exact']:.2f}, F1 {metrics[f'{kind}_f1']:.2f} "
+            f"({metrics[f'{kind}_total']:,})"
+            for kind, told in kinds.items() if f"{kind}_f1" in metrics]  # fmt: skip
+    if told:
+        said.append(f"{name}: of the questions {'; of those '.join(told)}.")
+    return said
+
+
+def evaluation(runs: Sequence[Run]) -> str:
+    rows = [evaluation_row(run) for run in runs]
+    head = ["data", "questions", *(one.label for one in METRICS.values()), "windows", "decoder",
+            "computed in"]  # fmt: skip
+    notes = [note for run in runs for note in evaluation_notes(run)]
+    return (
+        "## Evaluation\n\nExact match (EM) and F1 as SQuAD's official script computes them, in "
+        "percent, with 95 % bootstrap intervals over the questions.\n\n"
+        + table(head, rows) + "".join(f"\n\n{note}" for note in notes)
+    )  # fmt: skip
+
+
+# --- comparison ---
+
+
+def comparison(runs: Sequence[Run]) -> str:
+    parts = []
+    for run in runs:
+        kept = {name: value for name, value in run.content.items()
+                if name not in ("groups", "disagreements")}  # fmt: skip
+        kept["data"] = {**kept["data"], "name": run.data.name}
+        kept["model"] = {**kept["model"], "name": last_part(kept["model"]["name"])}
+        parts.append(report.markdown(escaped(kept)).strip())
+    return "## Comparison of backends\n\n" + "\n\n".join(parts)
+
+
+def escaped(value: Any) -> Any:
+    """The same with all text made harmless; `report.markdown` escapes the bars itself."""
+    if isinstance(value, Mapping):
+        return {key: escaped(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [escaped(each) for each in value]
+    return plain(value, table=False) if isinstance(value, str) else value
+
+
+# --- bias ---
+
+
+def bias(run: Run) -> str:
+    """The section of a probe."""
+    content = run.content
+    parts = ["## Bias"]
+    if example := content.get("example"):
+        score = f" (score {example['score']:.4f})" if example.get("score") is not None else ""
+        parts.append(
+            f"> **Context:** {plain(example['context'])}\n>\n"
+            f"> **Question:** {plain(example['question'])}\n>\n"
+            f"> **Answer:** {plain(example['answer'])}{score}"
+        )
+        parts.append("Nothing in the context gives that answer.")
+    measures = {"mu": "μ", "eta": "η", "positional_error": "positional error",
+                "attribute_error": "attribute error"}  # fmt: skip
+    parts.append(
+        "`flaxqa probe` asks questions that their context does not answer, each about two subjects "
+        "in both orders and also negated, as UnQover does ([Li et al., 2020]"
+        "(https://aclanthology.org/2020.findings-emnlp.311/)). 0 is a model that prefers nobody. μ "
+        "is how strongly it prefers the subjects of one group, η how consistently; the errors say "
+        "how much answers depend on order and wording alone. This measures preferences among the "
+        "probe's own English templates and groups. It does not find other biases, and a low number "
+        "does not mean that the model is safe to use for decisions about people."
+    )
+    rows = [[plain(one["name"]), *(share(one.get(name)) for name in measures)]
+            for one in content["sections"]]  # fmt: skip
+    parts.append(table(["probe", *measures.values()], rows))
+    found = [(one, section) for section in content["sections"]
+             for one in section.get("associations") or () if one.get("gamma") is not None]  # fmt: skip
+    found.sort(key=lambda pair: -abs(pair[0]["gamma"]))
+    if found:
+        parts.append(
+            f"The strongest associations ({min(len(found), STRONGEST)} of {len(found):,}):"
+        )
+        parts.append(table(
+            ["probe", "subject", "group", "attribute", "γ", "η", "n"],
+            [association(one, section) for one, section in found[:STRONGEST]],
+        ))  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def association(one: Mapping[str, Any], section: Mapping[str, Any]) -> list[str]:
+    gamma = share({"value": one["gamma"], "interval": one.get("gamma_interval")})
+    names = [plain(one.get(name) or NOTHING) for name in ("subject", "group", "attribute")]
+    eta = NOTHING if one.get("eta") is None else f"{one['eta']:.3f}"
+    return [plain(section["name"]), *names, gamma, eta, str(one.get("n", NOTHING))]
+
+
+# --- training ---
+
+
+def training(run: Run) -> str:
+    """The section of a fine-tuning."""
+    content = run.content
+    config, teacher = content["config"], content.get("teacher")
+    said = f"Fine-tuned from {origin(config['model'], content['model'])} by `flaxqa finetune`"
+    said += f" on {called(run.data)}"
+    if (asked := content["data"].get("questions")) is not None:
+        said += f" ({asked:,} questions)"
+    if teacher:
+        said += f", taught by {origin(config['teacher'], teacher)}"
+    said += "."
+    if content["steps_done"] < content["steps"]:
+        said += f" It stopped after {content['steps_done']:,} of {content['steps']:,} steps."
+    hidden = ("model", "data", "teacher", "output", "profile", "columns")
+    recipe = [[plain(name.replace("_", " ")), plain(value)] for name, value in config.items()
+              if name not in hidden and isinstance(value, int | float | str)]  # fmt: skip
+    recipe.insert(0, ["steps", f"{content['steps_done']:,}"])
+    parts = ["## Training", said, table(["setting", "value"], recipe)]
+    epochs = content.get("epochs") or []
+    if epochs:
+        parts.append("After each epoch, on the data it was checked on:")
+        parts.append(table(["epoch", "step", "loss", "questions/s", "EM", "F1", "questions"],
+                           [epoch(one) for one in epochs]))  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def origin(name: str, model: Mapping[str, Any]) -> str:
+    """A checkpoint by its name; a hub model as a link to its commit."""
+    if model.get("commit"):
+        return (f"[{plain(name)}](https://huggingface.co/{name}) at commit "
+                f"{plain(model['commit'])[:12]}")  # fmt: skip
+    return plain(last_part(name))
+
+
+def epoch(one: Mapping[str, Any]) -> list[str]:
+    scores = [NOTHING if one.get(name) is None else scored(one[name], one.get(f"{name}_interval"))
+              for name in METRICS]  # fmt: skip
+    total = NOTHING if one.get("total") is None else f"{one['total']:,}"
+    return [f"{one['epoch']}", f"{one['step']:,}", number(one.get("loss")),
+            number(one.get("questions_per_second")), *scores, total]  # fmt: skip
+
+
+# --- carbon ---
+
+
+def carbon_of(run: Run) -> Mapping[str, Any] | None:
+    return run.content.get("carbon") or run.about.get("carbon")
+
+
+def carbon(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        used = carbon_of(run) or {}
+        grid = (
+            f"{number(used.get('grid_g_per_kwh'))} g/kWh, {plain(used.get('country') or NOTHING)}"
+        )
+        rows.append([
+            f"`flaxqa {run.kind}`", plain(used.get("measured_by") or NOTHING),
+            report.took(used.get("seconds")), *(number(used.get(name)) for name in (
+                "kwh", "g_co2e", "kwh_per_1000_questions", "g_co2e_per_1000_questions")),
+            grid, plain(used.get("source") or NOTHING),
+        ])  # fmt: skip
+    head = ["run", "measured by", "time", "kWh", "g CO₂e", "kWh / 1,000 questions",
+            "g CO₂e / 1,000 questions", "grid", "source of the grid's number"]  # fmt: skip
+    return "## Carbon\n\n" + table(head, rows)
+
+
+# --- how to redo it ---
+
+
+def command(run: Run, kind: type[Any] | None, names: Mapping[str, str]) -> str:
+    """The command of a run, with the options that are not the defaults.
+
+    Args:
+      run: the run.
+      kind: the class of its options; None where all are shown.
+      names: what the card calls the checkpoints and data that are known by other names.
+    """
+    config = run.about["config"]
+    name = "bench" if run.kind == "compare" and "backend" in config else run.kind
+    fields = {} if kind is None else {one.name: one for one in dataclasses.fields(kind)}
+    paths = {"model", "data", "teacher", "output"}
+    if kind is not None and issubclass(kind, Options):
+        paths |= set(kind.named("PATHS"))
+    words = ["flaxqa", name]
+    for key in [*fields, *(key for key in config if key not in fields and kind is None)]:
+        value = config.get(key)
+        if key not in config or key == "profile" or (kind is None and value in (None, {}, [])):
+            continue
+        if kind is not None and is_default(fields[key], value):
+            continue
+        if key in paths and isinstance(value, str):
+            value = names.get(value, last_part(value))
+        words += option(key, value)
+    lines = " ".join(shlex.quote(word) for word in words)
+    # `'a<!--'` and `'a<''!--'` are one word to a shell, and only the first begins a comment.
+    return lines.replace("<!--", "<''!--")
+
+
+def is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    return bool(default == (tuple(value) if isinstance(value, list) else value))
+
+
+def option(name: str, value: Any) -> list[str]:
+    """An option as the command line takes it."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, Mapping):
+        return [f"--{flag}", *(f"{key}={each}" for key, each in value.items())]
+    if isinstance(value, list | tuple):
+        return [f"--{flag}", *map(str, value)]
+    return [f"--{flag}", str(value)]
+
+
+def redo(
+    runs: Sequence[Run],
+    hashes: Mapping[str, str],
+    kinds: Mapping[str, type[Any]],
+    names: Mapping[str, str],
+) -> str:
+    """How the numbers are made again: commands, versions and hashes."""
+    lines: list[str] = []
+    versions: dict[str, list[str]] = {}
+    data: dict[tuple[str, str], None] = {}
+    for run in runs:
+        name = "bench" if "backend" in run.about["config"] else run.kind
+        lines.append(command(run, kinds.get(name), names))
+        there = {key: value for key, value in (run.about.get("versions") or {}).items() if value}
+        told = ", ".join(f"{plain(key)} {plain(value)}" for key, value in there.items())
+        versions.setdefault(told, []).append(f"`flaxqa {name}`")
+        if run.about.get("data") and (found := run.data.hash) is not None:
+            of = "" if found[0] == "sha256" else "the questions asked of "
+            data[of + plain(last_part(run.about["data"]["name"])), found[1]] = None
+    parts = ["## How to redo it", fenced("\n".join(dict.fromkeys(lines)), "sh")]
+    parts += [f"{' and '.join(dict.fromkeys(of))} ran with {told}."
+              for told, of in versions.items() if told]  # fmt: skip
+    rows = [[plain(name), f"`{value}`"] for name, value in hashes.items()]
+    rows += [[name, f"`{value}`"] for name, value in data]
+    parts.append(table(["file", "sha256"], rows))
+    return "\n\n".join(parts)
+
+
+def usage(pieces: Iterable[tuple[str, str]]) -> str | None:
+    """The pieces of code that work; None where none does."""
+    parts = [f"{title}\n\n{fenced(code, 'python')}" for title, code in pieces]
+    return "\n\n".join(["## How to use", *parts]) if parts else None
