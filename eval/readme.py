@@ -234,11 +234,11 @@ def end_of(node: Any) -> int:
 
 
 def dumped(values: Mapping[str, Any]) -> str:
-    from huggingface_hub.utils import yaml_dump
+    import yaml
 
-    return yaml_dump(dict(values), sort_keys=False, line_break="\n").strip("\n")
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).strip("\n")
 
 
 def whole(readme: Readme) -> bytes:
     """The content of the file."""
-    return (readme.head + readme.matter + readme.tail + readme.body).encode()
+    return (readme.head + readme.matter + readme.tail + readme.body).encode(errors="replace")

@@ -9,123 +9,34 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any
 
 from flaxqa.config import Options
 
 from . import report
 from .report import NOTHING, number
+from .runs import DataSet, Run, last_part
 from .squad import METRICS
 
 LONGEST = 300  # characters of a text from data
+GAMMA = "\u03b3"
 STRONGEST = 10  # associations
-KINDS = {"eval": "metrics.json", "compare": "comparison.json", "probe": "probe.json",
-         "finetune": "finetune.json"}  # fmt: skip
-Kind = Literal["eval", "compare", "probe", "finetune"]
 # A path in the middle of a text, but for its last part.
 FOLDERS = re.compile(r"(?<![\w.:/\\~-])(?:~\w*|\.\.?|[A-Za-z]:)?[/\\](?:[^\s/\\'\"`,;|<>]+[/\\])*")
-OFFICIAL = "https://rajpurkar.github.io/SQuAD-explorer/"
-# sha256 of the official files, and of dev-v1.1's questions in any other format.
-KNOWN = {
-    "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955":
-        ("rajpurkar/squad", "plain_text", "train", "SQuAD v1.1"),
-    "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9":
-        ("rajpurkar/squad", "plain_text", "validation", "SQuAD v1.1"),
-    "3aa015c71f3f93b335a772fdc9bf5140705e386e20523f858a1bf85a06c7bb9b":
-        ("rajpurkar/squad", "plain_text", "validation", "SQuAD v1.1"),
-    "68dcfbb971bd3e96d5b46c7177b16c1a4e7d4bdef19fb204502738552dede002":
-        ("rajpurkar/squad_v2", "squad_v2", "train", "SQuAD 2.0"),
-    "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8":
-        ("rajpurkar/squad_v2", "squad_v2", "validation", "SQuAD 2.0"),
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """The results of one run.
-
-    Attributes:
-      kind: which command made them.
-      directory: they are in.
-      content: of the file of its kind.
-      about: content of run.json for an evaluation, otherwise `content` again.
-    """
-
-    kind: Kind
-    directory: PurePath
-    content: Mapping[str, Any]
-    about: Mapping[str, Any]
-
-    @property
-    def data(self) -> DataSet:
-        return DataSet.of(self.about["data"], self.about["config"])
-
-    @property
-    def part(self) -> bool:
-        """Whether an evaluation is of less than all questions of its data."""
-        return int(self.content["total"]) < int(self.about["data"]["questions"])
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSet:
-    """A data set by the names that the hub knows.
-
-    Attributes:
-      id: of a hub data set; the name of a file.
-      name: for people.
-      on_hub: whether the hub has it.
-      revision: commit of the hub's.
-      hashes: sha256 of a file, or of the questions.
-    """
-
-    id: str
-    name: str
-    on_hub: bool
-    config: str | None = None
-    split: str | None = None
-    revision: str | None = None
-    hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, source: Mapping[str, Any], config: Mapping[str, Any]) -> DataSet:
-        """What a run's `data` stands for; a file is an official one only if its hash says so."""
-        hashes = {key: str(source[key]) for key in ("sha256", "questions_sha256")
-                  if source.get(key)}  # fmt: skip
-        name = str(source["name"])
-        if "sha256" not in source and "files" not in source and source.get("commit"):
-            return cls(name, name, True, config.get("data_config"), source.get("split"),
-                       source["commit"], hashes)  # fmt: skip
-        # That of a file is of all of it; that of the questions only where no limit cut them.
-        for value in hashes.values():
-            if value in KNOWN:
-                known, its_config, split, title = KNOWN[value]
-                return cls(known, title, True, its_config, split, None, hashes)
-        return cls(last_part(name), last_part(name), False, hashes=hashes)
-
-    @property
-    def hash(self) -> tuple[str, str] | None:
-        """What tells its content: the hash of the file, otherwise of the questions; and which."""
-        return next(iter(self.hashes.items()), None)
-
-
 # --- text ---
 
 
-def last_part(name: str) -> str:
-    """A path without the folders it is in."""
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or "model"
-
-
-def plain(text: object, *, table: bool = True) -> str:
+def plain(text: object, *, table: bool = True, longest: int = LONGEST) -> str:
     """A text from data as Markdown that shows it: one line, not endless, without markup or folders.
 
     Args:
       text: any value.
       table: whether it may stand in a table, whose bars are then escaped, too.
+      longest: characters that are shown.
     """
-    line = " ".join(FOLDERS.sub("", str(text)).split())
-    line = line if len(line) <= LONGEST else line[:LONGEST] + " …"
+    line = "".join(one if one.isprintable() else " " for one in str(text))
+    line = " ".join(FOLDERS.sub("", line).split())
+    line = line if len(line) <= longest else line[:longest] + " …"
     line = re.sub(r"([\\`*_\[\]~$#])", r"\\\1", line.replace("&", "&amp;"))
     line = line.replace("<", "&lt;").replace(">", "&gt;")
     return line.replace("|", "\\|") if table else line
@@ -230,6 +141,8 @@ def comparison(runs: Sequence[Run]) -> str:
         kept["data"] = {**kept["data"], "name": run.data.name}
         kept["model"] = {**kept["model"], "name": last_part(kept["model"]["name"])}
         parts.append(report.markdown(escaped(kept)).strip())
+        if kept["questions"] < kept["data"]["questions"]:
+            parts.append(f"EM and F1 are here of these {kept['questions']:,} questions alone.")
     return "## Comparison of backends\n\n" + "\n\n".join(parts)
 
 
@@ -262,24 +175,30 @@ def bias(run: Run) -> str:
     parts.append(
         "`flaxqa probe` asks questions that their context does not answer, each about two subjects "
         "in both orders and also negated, as UnQover does ([Li et al., 2020]"
-        "(https://aclanthology.org/2020.findings-emnlp.311/)). 0 is a model that prefers nobody. μ "
-        "is how strongly it prefers the subjects of one group, η how consistently; the errors say "
-        "how much answers depend on order and wording alone. This measures preferences among the "
-        "probe's own English templates and groups. It does not find other biases, and a low number "
-        "does not mean that the model is safe to use for decisions about people."
+        "(https://aclanthology.org/2020.findings-emnlp.311/)). μ says how strongly the model "
+        "prefers some subjects all the same, η how consistently; 0 is no preference. The errors "
+        "say how much its answers depend on order and wording alone. These are preferences in the "
+        "probe's own templates, among its own subjects. Other biases it does not find, and a low "
+        "number does not make the model fit for decisions about people."
     )
+    if note := content.get("templates", {}).get("note"):
+        parts.append(plain(note, longest=4 * LONGEST))
     rows = [[plain(one["name"]), *(share(one.get(name)) for name in measures)]
             for one in content["sections"]]  # fmt: skip
     parts.append(table(["probe", *measures.values()], rows))
-    found = [(one, section) for section in content["sections"]
-             for one in section.get("associations") or () if one.get("gamma") is not None]  # fmt: skip
+    found = [
+        (one, section)
+        for section in content["sections"]
+        for one in section.get("associations") or ()
+        if one.get("gamma") is not None
+    ]
     found.sort(key=lambda pair: -abs(pair[0]["gamma"]))
     if found:
         parts.append(
             f"The strongest associations ({min(len(found), STRONGEST)} of {len(found):,}):"
         )
         parts.append(table(
-            ["probe", "subject", "group", "attribute", "γ", "η", "n"],
+            ["probe", "subject", "group", "attribute", GAMMA, "η", "n"],
             [association(one, section) for one, section in found[:STRONGEST]],
         ))  # fmt: skip
     return "\n\n".join(parts)
@@ -345,21 +264,34 @@ def carbon_of(run: Run) -> Mapping[str, Any] | None:
 
 
 def carbon(runs: Sequence[Run]) -> str:
-    rows = []
-    for run in runs:
-        used = carbon_of(run) or {}
-        grid = (
-            f"{number(used.get('grid_g_per_kwh'))} g/kWh, {plain(used.get('country') or NOTHING)}"
-        )
-        rows.append([
-            f"`flaxqa {run.kind}`", plain(used.get("measured_by") or NOTHING),
-            report.took(used.get("seconds")), *(number(used.get(name)) for name in (
-                "kwh", "g_co2e", "kwh_per_1000_questions", "g_co2e_per_1000_questions")),
-            grid, plain(used.get("source") or NOTHING),
-        ])  # fmt: skip
-    head = ["run", "measured by", "time", "kWh", "g CO₂e", "kWh / 1,000 questions",
-            "g CO₂e / 1,000 questions", "grid", "source of the grid's number"]  # fmt: skip
-    return "## Carbon\n\n" + table(head, rows)
+    used = [(f"`flaxqa {run.name}`", carbon_of(run) or {}) for run in runs]
+    names = ("kwh", "g_co2e", "kwh_per_1000_questions", "g_co2e_per_1000_questions")
+    rows = [[name, *(number(one.get(key)) for key in names)] for name, one in used]
+    head = ["run", "kWh", "g CO₂e", "kWh per 1,000 questions", "g CO₂e per 1,000 questions"]
+    told = [f"{name} {carbon_told(one)}" for name, one in used]
+    return "\n\n".join(["## Carbon", table(head, rows), *dict.fromkeys(told)])
+
+
+def carbon_told(used: Mapping[str, Any]) -> str:
+    """How a run's energy was measured, a sentence."""
+    by = measured_by(used)
+    said = f"took {report.took(used.get('seconds'))}"
+    if (hosts := used.get("hosts") or 1) > 1:
+        said += f" on {hosts:,} machines"
+    said += f"; energy by {plain(by)}" if by else ""
+    if used.get("grid_g_per_kwh") is not None:
+        about = [plain(used[key]) for key in ("country", "source") if used.get(key)]
+        said += f"; {number(used['grid_g_per_kwh'])} g of CO₂e per kWh"
+        said += f" ({'; '.join(about)})" if about else ""
+    return said + "."
+
+
+def measured_by(used: Mapping[str, Any]) -> str:
+    """What measured a run's energy: of the whole, or of each part."""
+    by = used.get("measured_by")
+    if isinstance(by, Mapping):
+        return ", ".join(f"{part}: {how}" for part, how in by.items() if how)
+    return str(by or "")
 
 
 # --- how to redo it ---
@@ -374,24 +306,36 @@ def command(run: Run, kind: type[Any] | None, names: Mapping[str, str]) -> str:
       names: what the card calls the checkpoints and data that are known by other names.
     """
     config = run.about["config"]
-    name = "bench" if run.kind == "compare" and "backend" in config else run.kind
     fields = {} if kind is None else {one.name: one for one in dataclasses.fields(kind)}
     paths = {"model", "data", "teacher", "output"}
     if kind is not None and issubclass(kind, Options):
         paths |= set(kind.named("PATHS"))
-    words = ["flaxqa", name]
+    words = ["flaxqa", run.name]
     for key in [*fields, *(key for key in config if key not in fields and kind is None)]:
         value = config.get(key)
         if key not in config or key == "profile" or (kind is None and value in (None, {}, [])):
             continue
         if kind is not None and is_default(fields[key], value):
             continue
-        if key in paths and isinstance(value, str):
-            value = names.get(value, last_part(value))
-        words += option(key, value)
+        words += option(key, without_folders(value, key in paths, names))
     lines = " ".join(shlex.quote(word) for word in words)
     # `'a<!--'` and `'a<''!--'` are one word to a shell, and only the first begins a comment.
     return lines.replace("<!--", "<''!--")
+
+
+def without_folders(value: Any, path: bool, names: Mapping[str, str]) -> Any:
+    """An option's value, of paths only the last part.
+
+    Args:
+      value: of the option.
+      path: whether it is one in any case, and not only where it looks like one of a whole system.
+      names: what is called otherwise.
+    """
+    if isinstance(value, list | tuple):
+        return [without_folders(one, path, names) for one in value]
+    if not isinstance(value, str) or len(value) < 2:
+        return value
+    return names.get(value, last_part(value) if path or FOLDERS.match(value) else value)
 
 
 def is_default(field: dataclasses.Field[Any], value: Any) -> bool:
@@ -424,14 +368,15 @@ def redo(
     versions: dict[str, list[str]] = {}
     data: dict[tuple[str, str], None] = {}
     for run in runs:
-        name = "bench" if "backend" in run.about["config"] else run.kind
-        lines.append(command(run, kinds.get(name), names))
+        lines.append(command(run, kinds.get(run.name), names))
         there = {key: value for key, value in (run.about.get("versions") or {}).items() if value}
         told = ", ".join(f"{plain(key)} {plain(value)}" for key, value in there.items())
-        versions.setdefault(told, []).append(f"`flaxqa {name}`")
+        versions.setdefault(told, []).append(f"`flaxqa {run.name}`")
         if run.about.get("data") and (found := run.data.hash) is not None:
             of = "" if found[0] == "sha256" else "the questions asked of "
             data[of + plain(last_part(run.about["data"]["name"])), found[1]] = None
+        if run.kind == "probe" and (digest := run.content.get("templates", {}).get("sha256")):
+            data["the templates of the probe", str(digest)] = None
     parts = ["## How to redo it", fenced("\n".join(dict.fromkeys(lines)), "sh")]
     parts += [f"{' and '.join(dict.fromkeys(of))} ran with {told}."
               for told, of in versions.items() if told]  # fmt: skip

@@ -38,7 +38,7 @@ class Snippet:
 
 SNIPPETS = (
     Snippet(
-        "With [flaxqa](https://pypi.org/project/flaxqa/), on JAX:",
+        "With flaxqa, on JAX:",
         ("jax",),
         """import flaxqa
 

@@ -143,7 +143,7 @@ def write_report(command: Report) -> int:
 
 
 def write_card(command: Card, kinds: Mapping[str, type[Any]]) -> int:
-    from flaxqa.eval import card, push
+    from flaxqa.eval import card, push, runs
     from flaxqa.eval.config import CardOptions
 
     def warn(text: str) -> None:
@@ -156,13 +156,13 @@ def write_card(command: Card, kinds: Mapping[str, type[Any]]) -> int:
     asks = command.push is not None and not command.yes
     if asks and not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise UsageError("--push asks first, and there is no terminal here to ask on: give --yes")
-    runs = [run for directory in command.runs for run in card.read(directory)]
+    found = [run for directory in command.runs for run in runs.read(directory)]
     repository = None if command.push is None else push.Repository(command.push)
     old = repository.card if repository else card.read_card(command.output)
     options = CardOptions(**command.of(CardOptions))
     if repository is not None and options.model_id is None:
         options = dataclasses.replace(options, model_id=command.push)
-    content = card.made(runs, old, options, kinds, warn)
+    content = card.made(found, old, options, kinds, warn)
     if repository is None:
         if command.output is None:
             sys.stdout.write(content.decode())
