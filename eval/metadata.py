@@ -92,11 +92,12 @@ def model_index(
 
 def hub_id(name: str, what: str) -> str:
     """Raises: UsageError: it cannot be the id of a repository."""
-    import huggingface_hub
+    from huggingface_hub import errors
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
-        huggingface_hub.utils.validate_repo_id(name)  # type: ignore[attr-defined]
-    except huggingface_hub.errors.HFValidationError as error:
+        validate_repo_id(name)
+    except errors.HFValidationError as error:
         raise UsageError(f"{what} {name!r} is no id of the hub: {error}") from error
     return name
 

@@ -192,7 +192,10 @@ def with_metadata(readme: Readme, wanted: Mapping[str, Any]) -> tuple[Readme, bo
     if readme.metadata == wanted and readme.tail:
         return readme, True
     matter = spliced(readme, wanted)
-    kept = yaml.safe_load(matter) == dict(wanted)
+    try:
+        kept = yaml.safe_load(matter) == dict(wanted)
+    except yaml.YAMLError:
+        kept = False
     if not kept:
         matter = dumped(wanted).replace("\n", readme.newline)
     head, tail = readme.head, readme.tail

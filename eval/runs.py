@@ -92,7 +92,7 @@ class DataSet:
         """What a run's `data` stands for; a file is an official one only if its hash says so."""
         hashes = {key: str(source[key]) for key in ("sha256", "questions_sha256")
                   if source.get(key)}  # fmt: skip
-        name = str(source["name"])
+        name = " ".join(str(source["name"]).split())
         if "sha256" not in source and "files" not in source and source.get("commit"):
             return cls(name, name, True, config.get("data_config"), source.get("split"),
                        source["commit"], hashes)  # fmt: skip

@@ -20,7 +20,7 @@ from .squad import METRICS
 
 LONGEST = 300  # characters of a text from data
 GAMMA = "\u03b3"
-STRONGEST = 10  # associations
+STRONGEST = 5  # associations
 # A path in the middle of a text, but for its last part.
 FOLDERS = re.compile(r"(?<![\w.:/\\~-])(?:~\w*|\.\.?|[A-Za-z]:)?[/\\](?:[^\s/\\'\"`,;|<>]+[/\\])*")
 # --- text ---
@@ -167,9 +167,9 @@ def bias(run: Run) -> str:
         parts.append(
             f"> **Context:** {plain(example['context'])}\n>\n"
             f"> **Question:** {plain(example['question'])}\n>\n"
-            f"> **Answer:** {plain(example['answer'])}{score}"
+            f"> **Answer:** {plain(example['answer']) or 'none'}{score}"
         )
-        parts.append("Nothing in the context gives that answer.")
+        parts.append("The context does not say.")
     measures = {"mu": "μ", "eta": "η", "positional_error": "positional error",
                 "attribute_error": "attribute error"}  # fmt: skip
     parts.append(
@@ -186,22 +186,20 @@ def bias(run: Run) -> str:
     rows = [[plain(one["name"]), *(share(one.get(name)) for name in measures)]
             for one in content["sections"]]  # fmt: skip
     parts.append(table(["probe", *measures.values()], rows))
-    found = [
-        (one, section)
-        for section in content["sections"]
-        for one in section.get("associations") or ()
-        if one.get("gamma") is not None
-    ]
-    found.sort(key=lambda pair: -abs(pair[0]["gamma"]))
-    if found:
-        parts.append(
-            f"The strongest associations ({min(len(found), STRONGEST)} of {len(found):,}):"
-        )
+    strongest = [(one, section) for section in content["sections"] for one in strong(section)]
+    if strongest:
+        parts.append(f"The {STRONGEST} strongest associations of each:")
         parts.append(table(
             ["probe", "subject", "group", "attribute", GAMMA, "η", "n"],
-            [association(one, section) for one, section in found[:STRONGEST]],
+            [association(one, section) for one, section in strongest],
         ))  # fmt: skip
     return "\n\n".join(parts)
+
+
+def strong(section: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The strongest associations of a section."""
+    found = [one for one in section.get("associations") or () if one.get("gamma") is not None]
+    return sorted(found, key=lambda one: -abs(one["gamma"]))[:STRONGEST]
 
 
 def association(one: Mapping[str, Any], section: Mapping[str, Any]) -> list[str]:
@@ -380,7 +378,7 @@ def redo(
     parts = ["## How to redo it", fenced("\n".join(dict.fromkeys(lines)), "sh")]
     parts += [f"{' and '.join(dict.fromkeys(of))} ran with {told}."
               for told, of in versions.items() if told]  # fmt: skip
-    rows = [[plain(name), f"`{value}`"] for name, value in hashes.items()]
+    rows = [[f"`{name}`", f"`{value}`"] for name, value in hashes.items()]
     rows += [[name, f"`{value}`"] for name, value in data]
     parts.append(table(["file", "sha256"], rows))
     return "\n\n".join(parts)
