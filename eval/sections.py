@@ -19,6 +19,7 @@ from .runs import DataSet, Run, last_part
 from .squad import METRICS
 
 LONGEST = 300  # characters of a text from data
+WIDTH = 80  # of commands
 GAMMA = "\u03b3"
 STRONGEST = 5  # associations
 # A path in the middle of a text, but for its last part.
@@ -316,9 +317,15 @@ def command(run: Run, kind: type[Any] | None, names: Mapping[str, str]) -> str:
         if kind is not None and is_default(fields[key], value):
             continue
         words += option(key, without_folders(value, key in paths, names))
-    lines = " ".join(shlex.quote(word) for word in words)
+    lines = [words.pop(0)]
+    for word in map(shlex.quote, words):
+        # An option begins a line rather than its value, where the last has no room for it.
+        if len(lines[-1]) + len(word) > WIDTH and word.startswith("--"):
+            lines.append("  " + word)
+        else:
+            lines[-1] += " " + word
     # `'a<!--'` and `'a<''!--'` are one word to a shell, and only the first begins a comment.
-    return lines.replace("<!--", "<''!--")
+    return " \\\n".join(lines).replace("<!--", "<''!--")
 
 
 def without_folders(value: Any, path: bool, names: Mapping[str, str]) -> Any:
