@@ -72,8 +72,11 @@ def bodies_of(
     by_kind: dict[Kind, list[Run]] = {}
     for run in runs:
         by_kind.setdefault(run.kind, []).append(run)
+    tuned = by_kind.get("finetune", ())
+    hashes = [checked(run, lambda run: run.data.hashes.values()) for run in tuned]
+    trained_on = frozenset(value for values in hashes for value in values)
     makers: dict[Kind, tuple[str, Callable[[Sequence[Run]], str]]] = {
-        "eval": ("evaluation", sections.evaluation),
+        "eval": ("evaluation", lambda runs: sections.evaluation(runs, trained_on)),
         "compare": ("comparison", sections.comparison),
         "probe": ("bias", lambda runs: sections.bias(runs[-1])),
         "finetune": ("training", lambda runs: sections.training(runs[-1])),

@@ -102,31 +102,24 @@ def hub_id(name: str, what: str) -> str:
     return name
 
 
-def found(runs: Sequence[Run]) -> dict[str, Any]:
-    """What the runs tell of a model besides its scores.
-
-    The library is transformers: the checkpoint is in its format, and it is what the hub offers to
-    load such files with.
-    """
-    told: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": TASK}
-    for run in runs:
-        if run.kind != "finetune":
-            continue
-        if run.content["model"].get("commit"):
-            told["base_model"] = run.content["config"]["model"]
-        if run.data.on_hub:
-            told["datasets"] = [run.data.id]
-        if carbon := run.content.get("carbon"):
-            platform = run.content.get("platform") or {}
-            hardware = platform.get("device_kind")
-            hardware = platform.get("processor") if hardware in (None, "cpu") else hardware
-            more = {"training_type": "fine-tuning", "geographical_location": carbon.get("country"),
-                    "hardware_used": hardware}  # fmt: skip
-            told["co2_eq_emissions"] = {
-                "emissions": carbon["g_co2e"],  # grams, as huggingface.co/docs/hub/model-cards-co2
-                "source": f"{OURS}, measured by {sections.measured_by(carbon)}",
-                **{key: value for key, value in more.items() if value is not None},
-            }
+def of_training(run: Run) -> dict[str, Any]:
+    """What a fine-tuning tells of the model that it wrote."""
+    told: dict[str, Any] = {}
+    if run.content["model"].get("commit"):
+        told["base_model"] = run.content["config"]["model"]
+    if run.data.on_hub:
+        told["datasets"] = [run.data.id]
+    if carbon := run.content.get("carbon"):
+        platform = run.content.get("platform") or {}
+        hardware = platform.get("device_kind")
+        hardware = platform.get("processor") if hardware in (None, "cpu") else hardware
+        more = {"training_type": "fine-tuning", "geographical_location": carbon.get("country"),
+                "hardware_used": hardware}  # fmt: skip
+        told["co2_eq_emissions"] = {
+            "emissions": carbon["g_co2e"],  # grams: https://huggingface.co/docs/hub/model-cards-co2
+            "source": f"{OURS}, measured by {sections.measured_by(carbon)}",
+            **{key: value for key, value in more.items() if value is not None},
+        }
     return told
 
 
@@ -147,7 +140,11 @@ def wanted(
     }
     result |= {key: value[0] if isinstance(value, list) and key == "language" and len(value) == 1
                else value for key, value in given.items() if value}  # fmt: skip
-    for key, value in found(runs).items():
+    # The checkpoint is in transformers' format, and that is what the hub offers to load it with.
+    found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": TASK}
+    for run in runs:
+        found |= checked(run, of_training) if run.kind == "finetune" else {}
+    for key, value in found.items():
         theirs = result.get(key)
         ours = isinstance(theirs, dict) and str(theirs.get("source", "")).startswith(OURS)
         if theirs in (None, [], "") or ours:

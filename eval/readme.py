@@ -206,7 +206,12 @@ def with_metadata(readme: Readme, wanted: Mapping[str, Any]) -> tuple[Readme, bo
 
 
 def spliced(readme: Readme, wanted: Mapping[str, Any]) -> str:
-    """The YAML with other values of the keys that change, and new keys at its end."""
+    """The YAML with other values of the keys that change, and new keys at its end.
+
+    Args:
+      readme: the file.
+      wanted: all keys that it has, and perhaps more.
+    """
     import yaml
 
     matter, newline = readme.matter, readme.newline
@@ -214,13 +219,13 @@ def spliced(readme: Readme, wanted: Mapping[str, Any]) -> str:
     pairs = [] if node is None else node.value
     for key, value in reversed(pairs):
         name = key.value
-        if name not in wanted or wanted[name] != readme.metadata.get(name):
+        if name in wanted and wanted[name] != readme.metadata.get(name):
             begin, end = key.start_mark.index, end_of(value)
-            text = dumped({name: wanted[name]}).replace("\n", newline) if name in wanted else ""
+            text = dumped({name: wanted[name]}).replace("\n", newline)
             text += newline if matter[begin:end].endswith("\n") else ""
             matter = matter[:begin] + text + matter[end:]
-    there = {key.value for key, _ in pairs}
-    if new := {name: value for name, value in wanted.items() if name not in there}:
+    new = {name: value for name, value in wanted.items() if name not in readme.metadata}
+    if new:
         gap = newline if matter.strip() and not matter.endswith("\n") else ""
         matter += gap + dumped(new).replace("\n", newline)
     return matter

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from flaxqa import files, weights
-from flaxqa.errors import DataError, UsageError, all_problems
+from flaxqa.errors import DataError, ModelRejected, UsageError, all_problems
 
 Warn = Callable[[str], None]
 Result = TypeVar("Result")
@@ -189,9 +189,7 @@ class Subject:
 
 
 def subject_of(run: Run) -> Subject:
-    """The checkpoint of a run; of a fine-tuning the one that it wrote."""
-    if run.kind == "finetune":
-        return written_by(run)
+    """The checkpoint of a run that measured one."""
     model = run.about["model"]
     name = str(model.get("name") or run.about["config"]["model"])
     on_hub = bool(model.get("commit"))
@@ -200,21 +198,27 @@ def subject_of(run: Run) -> Subject:
     return Subject(hashes, directory, name, on_hub)
 
 
-def written_by(run: Run) -> Subject:
-    """The checkpoint that a fine-tuning wrote, in its directory or in a folder of it.
+def written_by(run: Run) -> list[Subject]:
+    """The checkpoints that a fine-tuning wrote, in its directory and in the folders there.
 
     Raises:
       DataError: there is none.
     """
-    top = Path(run.directory)
-    for folder in (top, *sorted(path for path in top.iterdir() if path.is_dir())):
-        names = ["config.json", "tokenizer_config.json", "tokenizer.json", "vocab.txt"]
-        saved = [path.name for path in sorted(folder.iterdir()) if weights.is_weights(path.name)]
-        if saved and (folder / "config.json").is_file():
-            hashes = {name: sha256(folder / name) for name in (*names, *saved)
-                      if (folder / name).is_file()}  # fmt: skip
-            return Subject(hashes, folder, str(top.resolve().name), False)
-    raise DataError(f"{top} has finetune.json, and no checkpoint that belongs to it")
+    found = []
+    for folder in (
+        run.directory,
+        *sorted(each for each in run.directory.iterdir() if each.is_dir()),
+    ):
+        try:
+            names = [path.name for path in weights.find(folder)]
+        except ModelRejected:
+            continue
+        names = ["config.json", "tokenizer_config.json", "tokenizer.json", "vocab.txt", *names]
+        hashes = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
+        found.append(Subject(hashes, folder, run.directory.resolve().name, False))
+    if not found:
+        raise DataError(f"{run.directory} has finetune.json, and no checkpoint that belongs to it")
+    return found
 
 
 def sha256(path: Path) -> str:
@@ -234,28 +238,30 @@ def one_subject(runs: Sequence[Run]) -> list[Subject]:
 
     Raises:
       UsageError: they are of several; names all runs.
+      DataError: a run's results are damaged.
     """
     order = sorted(runs, key=lambda run: list(FILES).index(run.kind))
-    found = [(run, checked(run, subject_of)) for run in order]
-    head, first = found[0]
-    for run, subject in found:
-        # Training may write files that an evaluation does not read; the weights both have.
-        if "finetune" in (run.kind, head.kind):
-            same = weights_of(subject) == weights_of(first)
-        else:
-            same = subject.sha256 == first.sha256
-        if not same:
-            raise UsageError(all_problems(
-                "these runs are of different checkpoints, which one card cannot be about (the "
-                "start of the sha256 of the weights is behind each)",
-                [told(run, subject) for run, subject in found],
-            ))  # fmt: skip
-    return [subject for _, subject in found]
+    measured = [(run, checked(run, subject_of)) for run in order if run.kind != "finetune"]
+    tuned = [(run, checked(run, written_by)) for run in order if run.kind == "finetune"]
+    first = measured[0][1] if measured else tuned[0][1][0]
+    same = all(subject.sha256 == first.sha256 for _, subject in measured)
+    # Training may write files that an evaluation does not read; the weights both have.
+    for run, written in tuned:
+        belongs = [one for one in written if weights_of(one) == weights_of(first)]
+        same = same and bool(belongs)
+        measured.append((run, (belongs or written)[0]))
+    if not same:
+        raise UsageError(all_problems(
+            "these runs are of different checkpoints, which one card cannot be about (the start of "
+            "the sha256 of the weights is behind each)",
+            [told(run, subject) for run, subject in measured],
+        ))  # fmt: skip
+    return [subject for _, subject in measured]
 
 
 def told(run: Run, subject: Subject) -> str:
     short = ", ".join(value[:12] for value in weights_of(subject).values()) or "no weights"
-    width = run.about["config"].get("width")
+    width = (run.about.get("config") or {}).get("width")
     wider = f", widened by --width {width}, which makes it another one" if width else ""
     return f"{run.directory}: {last_part(subject.name)}{wider} ({short})"
 

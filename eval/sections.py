@@ -98,10 +98,12 @@ def called(data: DataSet) -> str:
     return name + (f", {plain(data.split)}" if data.split else "")
 
 
-def evaluation_notes(run: Run) -> list[str]:
+def evaluation_notes(run: Run, trained_on: frozenset[str]) -> list[str]:
     """What has to be said of an evaluation besides, a sentence each."""
     metrics, name = run.content, called(run.data)
     said = []
+    if trained_on & set(run.data.hashes.values()):
+        said.append(f"The model was fine-tuned on {name}: these scores say nothing of other data.")
     if run.part:
         said.append(
             f"Only the first {metrics['total']:,} of {run.about['data']['questions']:,} questions "
@@ -119,11 +121,17 @@ def evaluation_notes(run: Run) -> list[str]:
     return said
 
 
-def evaluation(runs: Sequence[Run]) -> str:
+def evaluation(runs: Sequence[Run], trained_on: frozenset[str] = frozenset()) -> str:
+    """The section of evaluations.
+
+    Args:
+      runs: the evaluations.
+      trained_on: sha256 of what the checkpoint was trained on.
+    """
     rows = [evaluation_row(run) for run in runs]
     head = ["data", "questions", *(one.label for one in METRICS.values()), "windows", "decoder",
             "computed in"]  # fmt: skip
-    notes = [note for run in runs for note in evaluation_notes(run)]
+    notes = [note for run in runs for note in evaluation_notes(run, trained_on)]
     return (
         "## Evaluation\n\nExact match (EM) and F1 as SQuAD's official script computes them, in "
         "percent, with 95 % bootstrap intervals over the questions.\n\n"

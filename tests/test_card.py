@@ -288,6 +288,8 @@ def test_a_broken_card_is_refused_by_name_and_left_as_it_is(evaluated, tmp_path,
     path = tmp_path / "MINE.md"
     content = text if isinstance(text, bytes) else text.encode()
     path.write_bytes(content)
+    with pytest.raises(DataError):
+        readme.parse(content, "MINE.md")
     with pytest.raises(DataError, match="MINE.md") as error:
         made(evaluated / "all", output=path)
     assert told in str(error.value)
@@ -363,7 +365,7 @@ def test_a_verified_result_is_never_replaced():
 
 def test_text_of_the_data_cannot_break_the_card(whole, tmp_path):
     changed(whole, "run.json", config=json.loads((whole / "run.json").read_text())["config"]
-            | {"columns": {"id": EVIL + "```"}})  # fmt: skip
+            | {"columns": {"id": EVIL + "\n```\n# z"}})  # fmt: skip
     about = json.loads((whole / "run.json").read_text())
     changed(whole, "run.json", data=about["data"] | {"name": EVIL.replace("/", " ")})
     path = tmp_path / "README.md"
@@ -377,7 +379,7 @@ def test_text_of_the_data_cannot_break_the_card(whole, tmp_path):
     body = text.split("\n---\n")[1]
     plain = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", body, flags=re.M | re.S)
     assert "<img" not in plain
-    assert "\n# z" not in text.replace("\n# z```'", "")
+    assert "\n# z" not in plain
     for line in plain.splitlines():
         if line.startswith("|"):
             cells = len(re.findall(r"(?<!\\)\|", line))
@@ -486,6 +488,19 @@ def test_damaged_results_are_refused_by_name(whole, tmp_path, file, content, tol
     (whole / file).write_text(content)
     with pytest.raises(DataError, match=re.escape(told)):
         made(whole, output=tmp_path / "c.md")
+
+
+def test_a_score_on_what_the_model_was_trained_on_says_so(evaluated, tmp_path):
+    tuned = finetune(tmp_path / "tuned")
+    shutil.copytree(MODEL, tuned / "last")
+    (tuned / "first").mkdir()
+    shutil.copy(MODEL / "config.json", tuned / "first")
+    (tuned / "first" / "model.safetensors").write_bytes(b"another step")
+    assert "fine-tuned on" not in made(evaluated / "all", tuned, output=tmp_path / "c.md")
+    data = json.loads((evaluated / "all" / "run.json").read_text())["data"]
+    finetune(tuned, data=data)
+    text = made(evaluated / "all", tuned, output=tmp_path / "c.md")
+    assert "The model was fine-tuned on heldout.json" in text
 
 
 def test_what_is_no_run_is_refused(tmp_path):
