@@ -15,6 +15,7 @@ from flaxqa.errors import DataError, all_problems
 
 BOM = "\ufeff"
 MARKER = re.compile(r"<!--\s*(/?)flaxqa:([\w-]+)\s*-->")
+EMPTY = re.compile(r"(\s*---[ \t]*\r?\n)(---[ \t]*(?:\r?\n|$))")
 OPENED = re.compile(r"\s*---[ \t]*(?:\r\n|\r|\n)")
 
 
@@ -70,7 +71,9 @@ def parse(content: bytes, name: str) -> Readme:
     bom = BOM if text.startswith(BOM) else ""
     text = text.removeprefix(BOM)
     found = repocard.REGEX_YAML_BLOCK.match(text)
-    if found is None:
+    if empty := EMPTY.match(text):
+        readme = Readme(name, bom + empty[1], "", empty[2], text[empty.end() :], {}, newline)
+    elif found is None:
         if OPENED.match(text):
             raise DataError(
                 f"{name}: its front matter begins with --- and has no line --- to end it"
@@ -200,7 +203,9 @@ def with_metadata(readme: Readme, wanted: Mapping[str, Any]) -> tuple[Readme, bo
         matter = dumped(wanted).replace("\n", readme.newline)
     head, tail = readme.head, readme.tail
     if not tail:
-        head, tail = f"{head}---{readme.newline}", f"{readme.newline}---{readme.newline}"
+        head, tail = f"{head}---{readme.newline}", f"---{readme.newline}"
+    if not tail.startswith(("\r", "\n")):
+        tail = readme.newline + tail
     changed = dataclasses.replace(readme, head=head, matter=matter, tail=tail, metadata=wanted)
     return changed, kept
 

@@ -242,6 +242,15 @@ def test_a_file_without_front_matter_gets_one(evaluated, tmp_path):
     assert "\n---\nOnly text\n\n\n---\n\nand a line\n\n<!-- flaxqa:usage -->" in text
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_empty_front_matter_is_filled(evaluated, tmp_path, newline):
+    path = tmp_path / "README.md"
+    path.write_bytes("---\n---\ntext\n".replace("\n", newline).encode())
+    text = made(evaluated / "all", output=path)
+    assert text.startswith(f"---{newline}library_name: transformers{newline}")
+    assert f"{newline}---{newline}text{newline}{newline}<!--" in text
+
+
 def test_an_update_replaces_sections_and_keeps_what_is_between_them(evaluated, whole, tmp_path):
     path = tmp_path / "README.md"
     text = made(evaluated / "all", output=path)
