@@ -77,7 +77,7 @@ def bodies_of(
     trained_on = frozenset(value for values in hashes for value in values)
     makers: dict[Kind, tuple[str, Callable[[Sequence[Run]], str]]] = {
         "eval": ("evaluation", lambda runs: sections.evaluation(runs, trained_on)),
-        "compare": ("comparison", sections.comparison),
+        "compare": ("comparison", lambda runs: sections.comparison(runs, name)),
         "probe": ("bias", lambda runs: sections.bias(runs[-1])),
         "finetune": ("training", lambda runs: sections.training(runs[-1])),
     }

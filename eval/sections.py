@@ -19,7 +19,7 @@ from .runs import DataSet, Run, last_part
 from .squad import METRICS
 
 LONGEST = 300  # characters of a text from data
-WIDTH = 80  # of commands
+WIDTH = 88  # of commands
 GAMMA = "\u03b3"
 STRONGEST = 5  # associations
 # A path in the middle of a text, but for its last part.
@@ -142,13 +142,19 @@ def evaluation(runs: Sequence[Run], trained_on: frozenset[str] = frozenset()) ->
 # --- comparison ---
 
 
-def comparison(runs: Sequence[Run]) -> str:
+def comparison(runs: Sequence[Run], name: str) -> str:
+    """The section of comparisons.
+
+    Args:
+      runs: the comparisons.
+      name: what the card calls the checkpoint.
+    """
     parts = []
     for run in runs:
         kept = {name: value for name, value in run.content.items()
                 if name not in ("groups", "disagreements")}  # fmt: skip
         kept["data"] = {**kept["data"], "name": run.data.name}
-        kept["model"] = {**kept["model"], "name": last_part(kept["model"]["name"])}
+        kept["model"] = {**kept["model"], "name": name}
         parts.append(report.markdown(escaped(kept)).strip())
         if kept["questions"] < kept["data"]["questions"]:
             parts.append(f"EM and F1 are here of these {kept['questions']:,} questions alone.")
@@ -317,21 +323,21 @@ def command(run: Run, kind: type[Any] | None, names: Mapping[str, str]) -> str:
     paths = {"model", "data", "teacher", "output"}
     if kind is not None and issubclass(kind, Options):
         paths |= set(kind.named("PATHS"))
-    words = ["flaxqa", run.name]
+    groups = []
     for key in [*fields, *(key for key in config if key not in fields and kind is None)]:
         value = config.get(key)
         if key not in config or key == "profile" or (kind is None and value in (None, {}, [])):
             continue
         if kind is not None and is_default(fields[key], value):
             continue
-        words += option(key, without_folders(value, key in paths, names))
-    lines = [words.pop(0)]
-    for word in map(shlex.quote, words):
-        # An option begins a line rather than its value, where the last has no room for it.
-        if len(lines[-1]) + len(word) > WIDTH and word.startswith("--"):
-            lines.append("  " + word)
+        groups.append(option(key, without_folders(value, key in paths, names)))
+    lines = [f"flaxqa {run.name}"]
+    for group in groups:
+        text = shlex.join(group)
+        if len(lines[-1]) + len(text) > WIDTH:
+            lines.append("  " + text)
         else:
-            lines[-1] += " " + word
+            lines[-1] += " " + text
     # `'a<!--'` and `'a<''!--'` are one word to a shell, and only the first begins a comment.
     return " \\\n".join(lines).replace("<!--", "<''!--")
 
