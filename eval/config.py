@@ -12,6 +12,7 @@ from flaxqa.config import (
     MAX_ANSWER_LENGTH,
     DataOptions,
     ModelOptions,
+    Options,
     PlaceOptions,
     ReaderOptions,
     WindowOptions,
@@ -243,3 +244,23 @@ class ProbeConfig(ReaderOptions, ModelOptions):
         if self.seed < 0:
             found.append(f"seed is {self.seed!r}, it must not be negative")
         return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CardOptions(Options):
+    """What a model card says that runs do not know; what is left out is not in the card."""
+
+    model_id: str | None = None
+    """What the card calls the checkpoint: the hub id that it will have, or a path."""
+
+    license: str | None = None
+    """License of the weights, as the hub names it: apache-2.0."""
+
+    language: tuple[str, ...] = ()
+    """Languages that it answers in: en de."""
+
+    base_model: str | None = None
+    """Hub id of the model that it was trained from; that of `flaxqa finetune` when left out."""
+
+    dataset: tuple[str, ...] = ()
+    """Hub ids of the data sets that it was trained on; those of `flaxqa finetune` when left out."""

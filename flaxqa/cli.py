@@ -34,7 +34,14 @@ from flaxqa.config import (
     read_toml,
 )
 from flaxqa.errors import FlaxqaError, UsageError, all_problems
-from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig, FinetuneConfig, ProbeConfig
+from flaxqa.eval.config import (
+    BenchConfig,
+    CardOptions,
+    CompareConfig,
+    EvalConfig,
+    FinetuneConfig,
+    ProbeConfig,
+)
 
 HELP = """Extractive question answering with DistilBERT and BERT on JAX, and the harness that
 measures it.
@@ -251,6 +258,31 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Card(Unchecked, CardOptions):
+    """Write or update a model card of the hub from the results of runs of one checkpoint.
+
+    Takes what eval, compare, bench, probe and finetune wrote. In a card that is there only flaxqa's
+    sections and the metadata that changes are replaced. With neither --output nor --push the card
+    is printed.
+
+      flaxqa card runs/eval runs/compare --output MODEL/README.md --license apache-2.0
+      flaxqa card runs/eval --push me/my-model
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Directories that were the --output of a run."""
+
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """The card to write or update."""
+
+    push: str | None = None
+    """Update the card of this hub repository instead. Shows what would change and asks first."""
+
+    yes: bool = False
+    """Push without asking."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
     """Score a checkpoint on questions with right answers: exact match, F1 and throughput.
 
@@ -360,9 +392,16 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], int]]] = {
     "finetune": (Finetune, commands.finetune),
     "probe": (Probe, lambda command: commands.probe(command.probing)),
     "report": (Report, commands.write_report),
+    "card": (Card, lambda command: commands.write_card(command, options_of_commands())),
     "export": (Export, commands.write_export),
     "info": (Info, commands.info),
 }
+
+
+def options_of_commands() -> dict[str, type[Any]]:
+    """The class of the options of each command."""
+    return {name: CONFIGURED[name][2] if name in CONFIGURED else kind
+            for name, (kind, _) in COMMANDS.items()}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from flaxqa.errors import DataError, GateNotMet, TryAgain, UsageError
 
 if TYPE_CHECKING:
     from flaxqa.batch import Estimate, Summary
-    from flaxqa.cli import Ask, Export, Finetune, Info, Predict, Report, Score
+    from flaxqa.cli import Ask, Card, Export, Finetune, Info, Predict, Report, Score
     from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig, ProbeConfig
 
 SET_ASIDE = 3
@@ -164,6 +164,47 @@ def probe(config: ProbeConfig) -> int:
     if not sys.stdout.isatty():
         print(json.dumps(probe.compact(found)))
     return 0
+
+
+def write_card(command: Card, kinds: Mapping[str, type[Any]]) -> int:
+    from flaxqa.eval import card, push, runs
+    from flaxqa.eval.config import CardOptions
+
+    def warn(text: str) -> None:
+        print(f"flaxqa: {text}", file=sys.stderr)
+
+    if not command.runs:
+        raise UsageError("give at least one RUN: the --output of an eval, compare or finetune, say")
+    if command.push is not None and command.output is not None:
+        raise UsageError("--output and --push do not go together: each updates a card of its own")
+    asks = command.push is not None and not command.yes
+    if asks and not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UsageError("--push asks first, and there is no terminal here to ask on: give --yes")
+    found = [run for directory in command.runs for run in runs.read(directory)]
+    repository = None if command.push is None else push.Repository(command.push)
+    old = repository.card if repository else card.read_card(command.output)
+    options = CardOptions(**command.of(CardOptions))
+    if repository is not None and options.model_id is None:
+        options = dataclasses.replace(options, model_id=command.push)
+    content = card.made(found, old, options, kinds, warn)
+    if repository is None:
+        if command.output is None:
+            sys.stdout.write(content.decode())
+        else:
+            files.write_named(command.output, content)
+            warn(str(command.output))
+        return 0
+    difference = repository.difference(content)
+    print(difference or "flaxqa: the card there says all of this already", file=sys.stderr, end="")
+    if difference and (command.yes or agreed(f"push this to {command.push}? [y/N] ")):
+        print(repository.put(content))
+    return 0
+
+
+def agreed(question: str) -> bool:
+    """Whether the user, who is asked on the terminal, says yes."""
+    print(question, file=sys.stderr, end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def evaluate(options: EvalConfig) -> int:

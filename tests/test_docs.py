@@ -33,7 +33,7 @@ LEFT_OUT = {
     "jax.export.deserialize(": "the export takes long; tests/test_export.py has it",
 }
 ELSEWHERE = {"--engine", "--shard", "--multihost", "--finalize", "compare", "bench", "report",
-             "probe", "stablehlo"}  # fmt: skip
+             "card", "finetune", "probe", "stablehlo"}  # fmt: skip
 
 
 def name_of(page):
