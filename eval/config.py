@@ -8,7 +8,13 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from flaxqa.config import MAX_ANSWER_LENGTH, DataOptions, ModelOptions, ReaderOptions
+from flaxqa.config import (
+    MAX_ANSWER_LENGTH,
+    CarbonOptions,
+    DataOptions,
+    ModelOptions,
+    ReaderOptions,
+)
 
 Scenario = Literal["offline", "single", "server", "start", "step"]
 
@@ -36,7 +42,7 @@ class Subject(DataOptions, ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig(ReaderOptions, Subject):
+class EvalConfig(CarbonOptions, ReaderOptions, Subject):
     """One evaluation of a checkpoint on questions with right answers."""
 
     COUNTS: ClassVar[tuple[str, ...]] = ("n_best", "max_answer_length")
@@ -59,7 +65,7 @@ class EvalConfig(ReaderOptions, Subject):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measurement(Subject):
+class Measurement(CarbonOptions, Subject):
     """What backends are measured on, and how."""
 
     COUNTS: ClassVar[tuple[str, ...]] = ("rounds", "min_queries", "threads", "width")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaxqa import files
+from flaxqa import carbon, files
 from flaxqa.config import AnswerOptions, ModelOptions, ReaderOptions
 from flaxqa.errors import DataError, GateNotMet, TryAgain, UsageError
 
@@ -177,6 +177,7 @@ def summary(metrics: dict[str, Any], output: str) -> None:
         f"{metrics['windows_per_second']:,.1f} windows/s, "
         f"{metrics['tokens_per_second']:,.0f} tokens/s",
         stages,
+        *([carbon.told(metrics["carbon"])] if "carbon" in metrics else []),
         f"results in {output}",
     ]
     if "best_f1" in metrics:
