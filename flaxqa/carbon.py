@@ -5,7 +5,7 @@ A `Meter` measures what runs inside it. What it gives is a record, a dict:
     kwh, kwh_cpu, kwh_gpu, kwh_ram    energy of the machine
     g_co2e, grid_g_per_kwh            grams; those of a kWh of its electricity
     country, source                   whose average that is; where it is from
-    measured_by                       of cpu, gpu and ram how: a counter's name, or what was estimated
+    measured_by                       of cpu, gpu and ram how: a counter's name, or an estimate's
     tracking                          "machine": all that the machine took, by whomever
     seconds, hosts, questions         for how long, on how many machines, how much was done
     codecarbon                        its version
@@ -20,6 +20,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -101,8 +102,6 @@ class Meter:
 
     def take(self, total: Any) -> None:
         """Makes a record of what codecarbon has measured so far, its `EmissionsData`."""
-        import codecarbon
-
         self.latest = {
             "kwh": total.energy_consumed,
             **{f"kwh_{part}": getattr(total, f"{part}_energy") for part in PARTS},
@@ -115,7 +114,7 @@ class Meter:
             "seconds": total.duration,
             "hosts": 1,
             "questions": self.questions,
-            "codecarbon": codecarbon.__version__,
+            "codecarbon": importlib.metadata.version("codecarbon"),
             "host": this_host(),
             "gpus": os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("ROCR_VISIBLE_DEVICES")
                     or "all",
@@ -186,24 +185,24 @@ def factor(options: CarbonOptions) -> tuple[float, str]:
     """
     if options.grid is not None:
         return float(options.grid), "given by --grid"
-    import codecarbon
     from codecarbon.input import DataSource
 
     mixes, country = DataSource().get_global_energy_mix_data(), options.country
+    table = f"codecarbon {importlib.metadata.version('codecarbon')}"
+    way_out = "give --grid, the g CO2e of a kWh, in its place"
     if country not in mixes:
         raise UsageError(
-            f"country is {country!r}, for which codecarbon {codecarbon.__version__} has no "
-            "electricity: codes are those of ISO 3166-1 with three letters (FRA, DEU, USA); where "
-            "yours is right, give --grid, the g CO2e of a kWh, in its place"
+            f"country is {country!r}, which {table} does not have: codes are those of ISO 3166-1 "
+            f"with three letters (FRA, DEU, USA); where yours is right, {way_out}"
         )
     mix = mixes[country]
     if not (mix.get("carbon_intensity") or 0) > 0:
         raise UsageError(
-            f"country is {country!r}, {mix['country_name']}, for which codecarbon "
-            f"{codecarbon.__version__} has no factor; give --grid, the g CO2e of a kWh, in its place"
+            f"country is {country!r}, {mix['country_name']}, for which {table} has no factor; "
+            f"{way_out}"
         )
-    told = f"codecarbon {codecarbon.__version__}, average of {mix['country_name']} in {mix['year']}"
-    return float(mix["carbon_intensity"]), told
+    average = f"{table}, average of {mix['country_name']} in {mix['year']}"
+    return float(mix["carbon_intensity"]), average
 
 
 def measured_by(tracker: Any) -> dict[str, str | None]:
@@ -243,8 +242,8 @@ def estimated(cpu: Any, tracker: Any) -> str:
         origin = f"a guess, {guess}"
     else:
         origin = "the processor's TDP"
-    by_load = "the load of the machine" if cpu._mode == "cpu_load" else "half"
-    return f"estimate: {by_load} of {cpu._tdp:g} W, {origin}"
+    by = "by the load of the machine up to" if cpu._mode == "cpu_load" else "half of"
+    return f"estimate: {by} {cpu._tdp:g} W, {origin}"
 
 
 def this_host() -> str:
@@ -350,6 +349,19 @@ def told(record: Record) -> str:
     )
     if (each := record.get("kwh_per_1000_questions")) is not None:
         line += f"; {1_000 * each:,.3g} Wh for 1,000 questions"
-    if (part := record["questions"]) < record.get("of_questions", 0):
-        line += f"; measured on {part:,} of {record['of_questions']:,} questions"
+    if record.get("questions", 0) < (every := record.get("of_questions", 0)):
+        line += f"; measured on {record['questions']:,} of {every:,} questions"
     return line
+
+
+CELLS = ("Wh/1,000", "g CO2e/1,000", "measured")
+
+
+def cells(record: Record | None) -> tuple[str, ...]:
+    """What a table says of a run, below `CELLS`."""
+    if record is None or record["kwh_per_1000_questions"] is None:
+        return ("\u2013",) * len(CELLS)
+    guessed = any((by or "").startswith("estimate") for by in record["measured_by"].values())
+    return (f"{1_000 * record['kwh_per_1000_questions']:,.3g}",
+            f"{record['g_co2e_per_1000_questions']:,.3g}",
+            "partly estimated" if guessed else "all")  # fmt: skip

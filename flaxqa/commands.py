@@ -249,10 +249,16 @@ def tell(done: Summary, output: str) -> int:
         )
     if done.set_aside and done.complete:
         lines.append(f"what was set aside is in {Path(output) / 'errors.jsonl'}, with the reasons")
+    if done.carbon is not None:
+        alone = "" if done.complete else "; of this process alone"
+        lines.append(carbon.told(done.carbon) + alone)
     lines.append(f"{done.parts:,} parts in {output}")
     print("\n".join(lines), file=sys.stderr)
     if not sys.stdout.isatty():
-        print(json.dumps(dataclasses.asdict(done)))
+        counts = dataclasses.asdict(done)
+        if done.carbon is None:
+            del counts["carbon"]
+        print(json.dumps(counts))
     return SET_ASIDE if done.set_aside else 0
 
 

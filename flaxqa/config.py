@@ -264,7 +264,7 @@ class CarbonOptions(Options):
             found.append("carbon is asked for, but not whose electricity counts: give --country "
                          "FRA, or --grid with the g CO2e of a kWh")  # fmt: skip
         elif self.carbon and len(given) > 1:
-            found.append("carbon is asked for with --country and --grid: only one of them can count")
+            found.append("carbon is asked for with --country and --grid; give only one")
         elif not self.carbon:
             found += [f"{name} is given without --carbon, which measures" for name in given]
         if self.country is not None and not re.fullmatch("[A-Z]{3}", self.country):
