@@ -258,6 +258,7 @@ def compare(
     output = files.writable_directory(config.output)
     with carbon.Meter(config) as meter, Field(config, output, progress, given) as field:
         reference = field.reference()
+        meter.covers(field.device)
         contestants: list[Contestant] = []
         about = field.about(reference)
         results = Results(field.questions, field.v2, reference, contestants, config, about)

@@ -75,6 +75,7 @@ def evaluated(
     loading = time.perf_counter()
     loaded = reader.load(**config.of(ModelOptions), **config.of(ReaderOptions))
     load_seconds = time.perf_counter() - loading
+    meter.covers(loaded.predictor.devices[0].platform)
     run = describe(config, loaded, data, source)
     with Partial(output / ".partial.jsonl", run_key(run)) as partial:
         resumed = len(partial.rows)

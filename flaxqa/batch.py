@@ -133,6 +133,7 @@ def predict(
 
     with carbon.Meter(config) as meter, output_in(config.output, share) as output:
         output.begin(make_plan, describe_run, suffix=SUFFIXES[config.format], restart=restart)
+        meter.covers(loaded[0].predictor.devices[0].platform)
         spent = compute(config, output, loaded[0], progress, meter)
         complete = len(output.finished) == len(output.place.plan.shards)
         summary = summary_of(output, spent, loaded[0], complete)

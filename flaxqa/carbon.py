@@ -84,6 +84,21 @@ class Meter:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
+    def covers(self, platform: str) -> None:
+        """Refuses to measure what computes on devices that codecarbon does not see, as TPUs.
+
+        Args:
+          platform: of the devices, as JAX calls it.
+
+        Raises:
+          UsageError: their energy would be missing.
+        """
+        if self.latest and platform != "cpu" and self.latest["measured_by"]["gpu"] is None:
+            raise UsageError(
+                f"--carbon: the run computes on {platform.upper()}s, whose energy codecarbon does "
+                "not see here, and which would be most of it; leave --carbon out"
+            )
+
     def count(self, questions: int) -> None:
         """So many more questions were done."""
         self.questions += questions
@@ -354,7 +369,7 @@ def told(record: Record) -> str:
     return line
 
 
-CELLS = ("Wh/1,000", "g CO2e/1,000", "measured")
+CELLS = ("Wh/1,000", "g CO2e/1,000", "energy is")
 
 
 def cells(record: Record | None) -> tuple[str, ...]:
@@ -364,4 +379,4 @@ def cells(record: Record | None) -> tuple[str, ...]:
     guessed = any((by or "").startswith("estimate") for by in record["measured_by"].values())
     return (f"{1_000 * record['kwh_per_1000_questions']:,.3g}",
             f"{record['g_co2e_per_1000_questions']:,.3g}",
-            "partly estimated" if guessed else "all")  # fmt: skip
+            "partly estimated" if guessed else "measured")  # fmt: skip
