@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxqa.config import CarbonOptions
-from flaxqa.errors import TryAgain, UsageError
+from flaxqa.errors import UsageError
 
 Record = dict[str, Any]
 PARTS = ("cpu", "gpu", "ram")
@@ -60,25 +60,27 @@ class Meter:
         self.options, self.session, self.questions = options, uuid.uuid4().hex[:12], 0
         self.tracker: Any = None
         self.latest: Record | None = None
+        self.silence = contextlib.ExitStack()
 
     def __enter__(self) -> Meter:
         """Starts.
 
         Raises:
-          UsageError: codecarbon is not installed, or has no factor for the country.
-          TryAgain: it cannot start.
+          UsageError: codecarbon is not installed, has no factor for the country, or cannot start.
         """
         if self.options.carbon:
             if importlib.util.find_spec("codecarbon") is None:
                 raise UsageError("--carbon needs codecarbon: pip install 'flaxqa[carbon]'")
-            with quiet() as told:
+            with contextlib.ExitStack() as silence:
+                told = silence.enter_context(quiet())
                 self.grid, self.source = factor(self.options)
                 self.tracker = tracker_of(self.grid, Handler(self.take))
                 self.began = time.time()
                 self.tracker.start()
-            if self.latest is None:  # codecarbon tells of its errors in its log alone
-                self.tracker = None
-                raise TryAgain(f"codecarbon cannot start: {' '.join(told) or 'it gives no reason'}")
+                if self.latest is None:  # codecarbon tells of its errors in its log alone
+                    reason = " ".join(told) or "it gives no reason"
+                    raise UsageError(f"--carbon: codecarbon cannot start here: {reason}")
+                self.silence = silence.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -109,9 +111,9 @@ class Meter:
 
     def stop(self) -> Record | None:
         """Ends the measurement; the record of all of it, None if there is none."""
-        if (tracker := self.tracker) is not None:
-            with quiet():
-                tracker.stop()
+        if self.tracker is not None:
+            with self.silence:
+                self.tracker.stop()
             self.tracker = None
         return self.latest
 
@@ -125,7 +127,7 @@ class Meter:
             "country": self.options.country,
             "source": self.source,
             "measured_by": measured_by(self.tracker),
-            "tracking": TRACKING,
+            "tracking": total.tracking_mode,
             "seconds": total.duration,
             "hosts": 1,
             "questions": self.questions,
@@ -171,7 +173,7 @@ def tracker_of(grid: float, handler: Handler) -> Any:
         output_methods=[], output_handlers=[handler], output_dir=tempfile.gettempdir(),
         measure_power_secs=INTERVAL, api_call_interval=1, tracking_mode=TRACKING,
         allow_multiple_runs=True,  # or it takes a lock, and the signals of the process
-        pue=1.0, wue=0.0, log_level="warning",
+        pue=1.0, wue=0.0, log_level=log.level,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Energy and CO2e: sums against numbers by hand, and a real tracker without a network."""
 
+import functools
 import importlib.util
 import json
 import logging
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -16,15 +18,16 @@ from test_run import Stopped as Halted
 from test_run import quickstart, small_chunks, stop_after  # noqa: F401 (a fixture)
 from test_stores import bucket, environment, server  # noqa: F401 (fixtures)
 
+import flaxqa
 from flaxqa import batch, carbon, cli, stores
 from flaxqa.config import CarbonOptions, PredictConfig
-from flaxqa.errors import TryAgain, UsageError
+from flaxqa.errors import UsageError
 from flaxqa.eval import api, compare, report, run
 from flaxqa.eval.config import CompareConfig, EvalConfig
 
 MODEL, HELDOUT = str(QUICKSTART / "checkpoint"), str(QUICKSTART / "heldout.json")
 FRANCE = {"carbon": True, "country": "FRA"}
-PER_1000 = {"kwh_per_1000_questions", "g_co2e_per_1000_questions"}
+READER = functools.cache(lambda: flaxqa.load(MODEL))
 
 
 class Fake:
@@ -39,7 +42,7 @@ class Fake:
     def data(self, kwh, seconds):
         return types.SimpleNamespace(
             energy_consumed=kwh, cpu_energy=kwh / 2, gpu_energy=0.0, ram_energy=kwh / 2,
-            duration=seconds,
+            duration=seconds, tracking_mode="machine",
         )  # fmt: skip
 
     def start(self):
@@ -57,6 +60,19 @@ def fake(monkeypatch):
     monkeypatch.setattr(carbon, "tracker_of", lambda grid, handler: Fake(handler))
     monkeypatch.setattr(carbon, "this_host", lambda: f"host {len(Fake.made)}")
     return Fake.made
+
+
+@pytest.fixture
+def covered(monkeypatch):
+    """The platforms that meters were asked about."""
+    platforms, covers = [], carbon.Meter.covers
+
+    def asked(self, platform):
+        platforms.append(platform)
+        covers(self, platform)
+
+    monkeypatch.setattr(carbon.Meter, "covers", asked)
+    return platforms
 
 
 # --- what is refused ---
@@ -110,7 +126,7 @@ def test_without_codecarbon_it_is_said_how_to_install_it(monkeypatch, tmp_path):
 
 def test_actors_of_ray_are_not_measured(tmp_path):
     with pytest.raises(UsageError, match="--carbon is for the engine local"):
-        batch.predict(predicted(tmp_path, engine="ray", **FRANCE))
+        predict(tmp_path, engine="ray", **FRANCE)
 
 
 def test_a_tracker_that_does_not_start_is_told_of_with_its_reason(monkeypatch):
@@ -123,7 +139,7 @@ def test_a_tracker_that_does_not_start_is_told_of_with_its_reason(monkeypatch):
 
     monkeypatch.setattr(carbon, "tracker_of", lambda grid, handler: Broken(handler))
     with (
-        pytest.raises(TryAgain, match="cannot start: OSError: no such sensor"),
+        pytest.raises(UsageError, match="cannot start here: OSError: no such sensor"),
         carbon.Meter(CarbonOptions(**FRANCE)),
     ):
         pass
@@ -308,17 +324,20 @@ def test_codecarbon_measures_without_network_files_words_or_signals(tmp_path, mo
         "emissions_endpoint = http://127.0.0.1:9\nelectricitymaps_api_token = x\npue = 3\n"
         "co2_signal_api_token = x\ncountry_iso_code = CAN\nregion = quebec\n"
         "allow_multiple_runs = false\ntracking_mode = process\nforce_cpu_power = 100\n"
+        "force_ram_power = 40\n"
     )
     monkeypatch.chdir(tmp_path)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with carbon.Meter(CarbonOptions(**FRANCE)) as meter:
         assert meter.reading()["kwh"] < 1e-6
-        sum(range(3_000_000))
+        time.sleep(0.3)
         meter.count(1)
+        logging.getLogger("codecarbon").error("as one of its threads would say meanwhile")
     found = meter.reading()
     assert asked == []
     assert [path.name for path in tmp_path.iterdir()] == [".codecarbon.config"]
     assert capfd.readouterr() == ("", "")
+    assert logging.getLogger("codecarbon").filters == []  # another user of it hears it again
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert found["kwh"] > 0
     assert found["kwh"] == pytest.approx(sum(found[f"kwh_{part}"] for part in carbon.PARTS))
@@ -328,8 +347,9 @@ def test_codecarbon_measures_without_network_files_words_or_signals(tmp_path, mo
     assert found["seconds"] > 0
     assert 0 < found["ended"] - found["began"] < 60
     by = found["measured_by"]
-    assert by["ram"].startswith("estimate")
-    # What codecarbon is told of the machine counts.
+    # What codecarbon is told of the machine counts; but no data centre is added to it.
+    assert by["ram"] == "estimate: 40 W, as codecarbon was told"
+    assert found["kwh_ram"] * 3.6e6 / found["seconds"] == pytest.approx(40, rel=0.5)
     assert by["cpu"] == "estimate: by the load of the machine up to 100 W, as codecarbon was told"
     assert len(found["host"]) == 12
     assert socket.gethostname() not in json.dumps(found)
@@ -375,8 +395,9 @@ def metrics_of(output):
     return json.loads((output / "metrics.json").read_text())
 
 
-def test_eval_tells_of_its_energy_and_answers_the_same_bytes(fake, tmp_path, capsys):
+def test_eval_tells_of_its_energy_and_answers_the_same_bytes(fake, covered, tmp_path, capsys):
     plain = run.evaluate(quickstart(tmp_path / "plain"))
+    assert covered == ["cpu"]
     assert fake == []
     options = ("--model", MODEL, "--data", HELDOUT, "--limit", 40, "--devices", 1)
     code, told = told_by(capsys, "eval", *options, "--carbon", "--grid", 50, "--output",
@@ -426,8 +447,14 @@ def test_a_resumed_eval_adds_what_is_known_of_its_parts(
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed")
-    batch.predict(predicted(output))
+    predict(output)
     return output
+
+
+def predict(output, *, restart=False, share=None, **options):
+    return batch.predict(
+        predicted(output, **options), reader=READER(), restart=restart, share=share
+    )
 
 
 def predicted(output, **options):
@@ -436,13 +463,16 @@ def predicted(output, **options):
     )
 
 
-def test_the_energy_of_two_hosts_that_share_a_run_is_added(fake, undisturbed, tmp_path, capsys):
-    first = batch.predict(predicted(tmp_path, **FRANCE), share=(0, 2))
+def test_the_energy_of_two_hosts_that_share_a_run_is_added(
+    fake, covered, undisturbed, tmp_path, capsys
+):
+    first = predict(tmp_path, **FRANCE, share=(0, 2))
     assert (first.carbon["kwh"], first.carbon["questions"], first.complete) == (0.003, 280, False)
     code, told = told_by(capsys, "predict", HELDOUT, "--model", MODEL, "--output", tmp_path,
                          "--shard-size", 140, "--shard", "1/2", "--carbon",
                          "--country", "FRA")  # fmt: skip
     assert (code, len(fake)) == (0, 2)
+    assert covered == ["cpu", "cpu"]
     assert "energy 6 Wh" in told
     found = json.loads((tmp_path / "_SUCCESS").read_text())["carbon"]
     assert (found["kwh"], found["seconds"]) == (pytest.approx(0.006), pytest.approx(20))
@@ -459,13 +489,13 @@ def test_a_resumed_predict_adds_its_parts_and_one_that_only_looks_adds_nothing(
     with monkeypatch.context() as patched:
         stopped_after(patched, 2)
         with pytest.raises(Stop):
-            batch.predict(predicted(tmp_path, **FRANCE))
-    found = batch.predict(predicted(tmp_path, **FRANCE)).carbon
+            predict(tmp_path, **FRANCE)
+    found = predict(tmp_path, **FRANCE).carbon
     assert (found["kwh"], found["questions"], found["hosts"]) == (pytest.approx(0.006), 559, 2)
-    assert batch.predict(predicted(tmp_path, **FRANCE)).carbon == found
-    assert batch.predict(predicted(tmp_path)).carbon == found
+    assert predict(tmp_path, **FRANCE).carbon == found
+    assert predict(tmp_path).carbon == found
     assert contents(tmp_path) == contents(undisturbed)
-    batch.predict(predicted(tmp_path), restart=True)
+    predict(tmp_path, restart=True)
     assert not list(tmp_path.glob("_carbon-*"))
 
 
@@ -477,10 +507,10 @@ def test_what_a_kill_leaves_counts_with_the_questions_of_its_last_reading(
         stopped_after(patched, 2)
         patched.setattr(carbon.Meter, "stop", lambda self: None)
         with pytest.raises(Stop):
-            batch.predict(predicted(tmp_path, **FRANCE))
+            predict(tmp_path, **FRANCE)
     (left,) = tmp_path.glob("_carbon-*.json")
     assert json.loads(left.read_text())["kwh"] == 0.001
-    found = batch.predict(predicted(tmp_path, **FRANCE)).carbon
+    found = predict(tmp_path, **FRANCE).carbon
     assert found["kwh"] == pytest.approx(0.004)
     assert (found["questions"], found["of_questions"]) == (279, 559)
     left.write_text(left.read_text().replace("0.001", "9.001"))  # a damaged one is not believed
@@ -490,12 +520,12 @@ def test_what_a_kill_leaves_counts_with_the_questions_of_its_last_reading(
 def test_in_a_bucket_it_is_the_same(fake, bucket):  # noqa: F811
     output = stores.below(bucket, "out")
     for share in ((0, 2), (1, 2)):
-        done = batch.predict(predicted(output, **FRANCE), share=share)
+        done = predict(output, **FRANCE, share=share)
     assert (done.carbon["kwh"], done.carbon["hosts"]) == (pytest.approx(0.006), 2)
     assert done.carbon["questions"] == 559
     written = json.loads(stores.read(stores.below(output, "_SUCCESS")))
     assert written["carbon"] == done.carbon
-    again = batch.predict(predicted(output), restart=True)
+    again = predict(output, restart=True)
     assert again.carbon is None
     assert not [name for name in stores.states_below(output) if "carbon" in name]
 
@@ -504,7 +534,7 @@ def test_in_a_bucket_it_is_the_same(fake, bucket):  # noqa: F811
 
 
 def test_a_comparison_has_the_energy_of_all_and_of_each_backends_rounds(
-    fake, tmp_path, monkeypatch
+    fake, covered, tmp_path, monkeypatch
 ):
     queries, ask = [], compare.Worker.ask
 
@@ -516,24 +546,21 @@ def test_a_comparison_has_the_energy_of_all_and_of_each_backends_rounds(
     monkeypatch.setattr(compare.Worker, "ask", asking)
     config = CompareConfig(
         model=MODEL, data=HELDOUT, output=str(tmp_path), limit=5, rounds=2, ways=("tuned",),
-        scenarios=("offline",), backends=("jax", "jax-model"), sweep=False, min_seconds=0.1,
+        scenarios=("offline",), backends=("jax",), sweep=False, min_seconds=0.1,
         min_queries=1, carbon=True, grid=100.0,
     )  # fmt: skip
     content = compare.compare(config)
-    assert len(fake) == 1 + 2 * 2
+    assert (len(fake), covered) == (1 + 2, ["cpu"])
     assert all(one.stopped for one in fake)
     assert content["carbon"]["kwh"] == 0.003
     assert "questions" not in content["carbon"]
-    for place, row in enumerate(content["backends"]):
-        offline, kwh = row["offline"]["tuned"], 1000 * 0.006 / sum(queries[place::2])
-        assert offline["kwh_per_1000_questions"] == pytest.approx(kwh)
-        assert offline["g_co2e_per_1000_questions"] == pytest.approx(100 * kwh)
-    assert len(queries) == 4
+    offline, kwh = content["backends"][0]["offline"]["tuned"], 1000 * 0.006 / sum(queries)
+    assert len(queries) == 2  # rounds, of 3 Wh each
+    assert offline["kwh_per_1000_questions"] == pytest.approx(kwh)
+    assert offline["g_co2e_per_1000_questions"] == pytest.approx(100 * kwh)
     head, rows = report.table(content)
     place = head.index("Wh/1,000, tuned")
-    assert rows[0][place] == report.number(
-        1000 * content["backends"][0]["offline"]["tuned"]["kwh_per_1000_questions"]
-    )
+    assert rows[0][place] == report.number(1000 * kwh)
     assert any(text.startswith("energy 3 Wh") for text in report.summary(content))
     assert "energy 3 Wh" in report.page([report.read(tmp_path)])
     frame = api.Comparison(content).to_pandas()
