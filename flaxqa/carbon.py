@@ -75,7 +75,6 @@ class Meter:
                 told = silence.enter_context(quiet())
                 self.grid, self.source = factor(self.options)
                 self.tracker = tracker_of(self.grid, Handler(self.take))
-                self.began = time.time()
                 self.tracker.start()
                 if self.latest is None:  # codecarbon tells of its errors in its log alone
                     reason = " ".join(told) or "it gives no reason"
@@ -135,7 +134,7 @@ class Meter:
             "host": this_host(),
             "gpus": os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("ROCR_VISIBLE_DEVICES")
                     or "all",
-            "began": self.began,
+            "began": time.time() - total.duration,
             "ended": time.time(),
         }  # fmt: skip
 

@@ -344,8 +344,8 @@ def test_codecarbon_measures_without_network_files_words_or_signals(tmp_path, mo
     assert found["g_co2e"] == pytest.approx(found["kwh"] * found["grid_g_per_kwh"])
     assert (found["country"], found["tracking"], found["questions"]) == ("FRA", "machine", 1)
     assert "average of France in 20" in found["source"]
-    assert found["seconds"] > 0
-    assert 0 < found["ended"] - found["began"] < 60
+    assert 0.3 < found["seconds"] < 60  # without what codecarbon took to look around
+    assert found["ended"] - found["began"] == pytest.approx(found["seconds"], abs=0.05)
     by = found["measured_by"]
     # What codecarbon is told of the machine counts; but no data centre is added to it.
     assert by["ram"] == "estimate: 40 W, as codecarbon was told"
