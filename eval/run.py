@@ -245,9 +245,10 @@ class Partial:
                         break
                 else:
                     rows = [from_fields(*fields) for fields in content["rows"]]
+                    measured = {**self.measured, **content.get("measured", {})}
                     self.spent.add(Spent(**content["spent"]))
                     self.rows += rows
-                    self.measured |= content.get("measured", {})
+                    self.measured = measured
             except (ValueError, KeyError, TypeError):
                 break
             size += len(line)

@@ -19,7 +19,7 @@ from test_run import quickstart, small_chunks, stop_after  # noqa: F401 (a fixtu
 from test_stores import bucket, environment, server  # noqa: F401 (fixtures)
 
 import flaxqa
-from flaxqa import batch, carbon, cli, stores
+from flaxqa import batch, carbon, cli, parts, stores
 from flaxqa.config import CarbonOptions, PredictConfig
 from flaxqa.errors import UsageError
 from flaxqa.eval import api, compare, report, run
@@ -502,10 +502,13 @@ def test_a_resumed_predict_adds_its_parts_and_one_that_only_looks_adds_nothing(
 def test_what_a_kill_leaves_counts_with_the_questions_of_its_last_reading(
     fake, tmp_path, monkeypatch
 ):
-    """The tracker is never told to stop."""
+    """The tracker is never told to stop, and nothing is written afterwards."""
+    killed, note = [], parts.Output.note_measured
     with monkeypatch.context() as patched:
         stopped_after(patched, 2)
-        patched.setattr(carbon.Meter, "stop", lambda self: None)
+        patched.setattr(carbon.Meter, "stop", killed.append)
+        patched.setattr(parts.Output, "note_measured",
+                        lambda *given: None if killed else note(*given))  # fmt: skip
         with pytest.raises(Stop):
             predict(tmp_path, **FRANCE)
     (left,) = tmp_path.glob("_carbon-*.json")
