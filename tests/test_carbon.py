@@ -506,7 +506,7 @@ def test_what_a_kill_leaves_counts_with_the_questions_of_its_last_reading(
     killed, note = [], parts.Output.note_measured
     with monkeypatch.context() as patched:
         stopped_after(patched, 2)
-        patched.setattr(carbon.Meter, "stop", killed.append)
+        patched.setattr(carbon.Meter, "stop", lambda self: killed.append(self))
         patched.setattr(parts.Output, "note_measured",
                         lambda *given: None if killed else note(*given))  # fmt: skip
         with pytest.raises(Stop):
