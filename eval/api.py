@@ -98,7 +98,8 @@ def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:
     found |= {"verdict": row["verdict"], "reason": "; ".join(row["reasons"]) or None}
     found |= {name: score["value"] for name, score in row["scores"].items()}
     for way, one in row["offline"].items():
-        names = ("questions_per_second", "useful_flops_per_second", "slower_than_first")
+        names = ("questions_per_second", "useful_flops_per_second", "slower_than_first",
+                 *(name for name in one if name.endswith("_per_1000_questions")))  # fmt: skip
         found |= {f"{way}_{name}": one[name] for name in names}
     found |= {name: (row["single"] or {}).get(name) for name in ("p50", "p90", "p99")}
     found["server_rate"] = (row["server"] or {}).get("rate")

@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxqa import features, files
+from flaxqa import carbon, features, files
 from flaxqa.errors import UsageError
 from flaxqa.progress import Progress, Silence
 
@@ -256,14 +256,18 @@ def compare(
             raise UsageError(f"--profile is for JAX backends, and {config.backends} has none")
         files.writable_directory(config.profile)
     output = files.writable_directory(config.output)
-    with Field(config, output, progress, given) as field:
+    with carbon.Meter(config) as meter, Field(config, output, progress, given) as field:
         reference = field.reference()
+        meter.covers(field.device)
         contestants: list[Contestant] = []
         about = field.about(reference)
         results = Results(field.questions, field.v2, reference, contestants, config, about)
 
         def content() -> dict[str, Any]:
             whole: dict[str, Any] = finite({**about, **results.content()})
+            if (measured := meter.reading()) is not None:
+                whole["carbon"] = carbon.add(measured)
+                del whole["carbon"]["questions"]  # of which the backends answer one set many times
             files.write_whole(output / "comparison.json", json.dumps(whole, indent=1).encode())
             return whole
 
@@ -278,6 +282,7 @@ def compare(
             for one in started if not together else ():
                 one.worker.close()
         progress.stage("scoring")
+        meter.stop()
         return content()
 
 
@@ -315,7 +320,12 @@ def measure(
         for way in config.ways if "offline" in config.scenarios else ():
             for one in everyone(f"{told}, offline, {way}"):
                 if way != "streamed" or one.worker.ready["streams"]:
-                    one.offline.setdefault(way, []).append(one.worker.ask("offline", way, least[0]))
+                    with carbon.Meter(config) as meter:
+                        took = one.worker.ask("offline", way, least[0])
+                        meter.count(took.get("queries", 0))
+                    one.offline.setdefault(way, []).append(took)
+                    if took and (measured := meter.reading()) is not None:
+                        one.energy.setdefault(way, []).append(measured)
         if "single" in config.scenarios:
             for one in everyone(f"{told}, single"):
                 one.single.append(one.worker.ask("single", *least))

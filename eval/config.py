@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from flaxqa.config import (
     MAX_ANSWER_LENGTH,
+    CarbonOptions,
     DataOptions,
     ModelOptions,
     Options,
@@ -44,7 +45,7 @@ class Subject(DataOptions, ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig(ReaderOptions, Subject):
+class EvalConfig(CarbonOptions, ReaderOptions, Subject):
     """One evaluation of a checkpoint on questions with right answers."""
 
     COUNTS: ClassVar[tuple[str, ...]] = ("n_best", "max_answer_length")
@@ -67,7 +68,7 @@ class EvalConfig(ReaderOptions, Subject):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(WindowOptions, PlaceOptions, DataOptions, ModelOptions):
+class FinetuneConfig(CarbonOptions, WindowOptions, PlaceOptions, DataOptions, ModelOptions):
     """One training of a checkpoint on questions with right answers."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("data", "heldout", "teacher", "cache_teacher", "output")
@@ -143,7 +144,7 @@ class FinetuneConfig(WindowOptions, PlaceOptions, DataOptions, ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measurement(Subject):
+class Measurement(CarbonOptions, Subject):
     """What backends are measured on, and how."""
 
     COUNTS: ClassVar[tuple[str, ...]] = ("rounds", "min_queries", "threads", "width")

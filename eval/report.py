@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxqa import files
+from flaxqa import carbon, files
 from flaxqa.errors import DataError, UsageError
 
 from .plots import NOTHING, bars, number, plots
@@ -148,6 +148,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
             f"One question at a time, {best['name']} answers 99 of 100 within "
             f"{took(best['single']['p99'])}."
         )
+    said += [f"{carbon.told(one)}." for one in [content.get("carbon")] if one]
     for row in rows:
         said += [f"{row['name']} is INVALID: {reason}." for reason in row.get("reasons", ())]
     for row in content["backends"]:
@@ -181,9 +182,9 @@ def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 COLUMNS = (
     "backend", "on", "verdict", *(one.label for one in METRICS.values()), "questions/s",
-    "useful TFLOP/s", "host", "step TFLOP/s", "start cold", "start", "p50", "p99", "served/s",
-    "same answers", "logits apart", f"F1 {MINUS} reference", "load", "first call", "memory",
-    "device memory",
+    "useful TFLOP/s", "Wh/1,000", "host", "step TFLOP/s", "start cold", "start", "p50", "p99",
+    "served/s", "same answers", "logits apart", f"F1 {MINUS} reference", "load", "first call",
+    "memory", "device memory",
 )  # fmt: skip
 
 
@@ -197,6 +198,8 @@ def cells(row: Mapping[str, Any], placed: bool) -> Cells:
         spread = f"{number(one['lowest'])} to {number(one['highest'])}"
         found.append((f"questions/s, {way}", f"{number(one['questions_per_second'])} ({spread})"))
         found.append((f"useful TFLOP/s, {way}", useful(one)))
+        if "kwh_per_1000_questions" in one:
+            found.append((f"Wh/1,000, {way}", number(1_000 * one["kwh_per_1000_questions"])))
         if one["host_share"] is not None:
             found.append((f"host, {way}", f"{one['host_share']:.1%}"))
     if row["step"] is not None:
@@ -374,26 +377,23 @@ def disagreements(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def evaluations(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]] | None:
     """A table of the runs of `flaxqa eval`."""
-    rows = []
-    for one in runs:
-        if one.metrics is None or one.run is None:
-            continue
-        metrics, run = one.metrics, one.run
+    found = [(one.name, one.metrics, one.run) for one in runs if one.metrics and one.run]
+    measured, rows = any("carbon" in metrics for _, metrics, _ in found), []
+    for name, metrics, run in found:
 
         def score(name: str, metrics: Mapping[str, Any] = metrics) -> str:
             low, high = metrics[f"{name}_interval"]
             return f"{metrics[name]:.2f} ({low:.2f} to {high:.2f})"
 
         rows.append([
-            one.name, run["started"][:16].replace("T", " "), run["config"]["model"],
+            name, run["started"][:16].replace("T", " "), run["config"]["model"],
             run["data"]["name"], run["platform"]["dtype"], f"{metrics['total']:,}",
             *map(score, METRICS), number(metrics["questions_per_second"]),
+            *(carbon.cells(metrics.get("carbon")) if measured else ()),
         ])  # fmt: skip
-    if not rows:
-        return None
-    head = ["run", "started", "model", "data", "dtype", "questions",
-            *(one.label for one in METRICS.values()), "questions/s"]  # fmt: skip
-    return head, rows
+    head = ("run", "started", "model", "data", "dtype", "questions",
+            *(one.label for one in METRICS.values()), "questions/s")  # fmt: skip
+    return ([*head, *(carbon.CELLS if measured else ())], rows) if rows else None
 
 
 def evaluation_plots(runs: Sequence[Run]) -> dict[str, str]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from flaxqa import carbon
+
 from . import squad
 from .config import BenchConfig, CompareConfig
 from .questions import SquadExample
@@ -46,6 +48,7 @@ class Contestant:
       audit: see `Runner.audit`.
       sweep: by batch size and length, tokens a second.
       usage: see `Runner.usage`.
+      energy: of each way the records of the rounds, see `flaxqa.carbon`; none if not measured.
     """
 
     job: Job
@@ -60,6 +63,7 @@ class Contestant:
     audit: dict[str, float] = dataclasses.field(default_factory=dict)
     sweep: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     usage: dict[str, Any] = dataclasses.field(default_factory=dict)
+    energy: dict[str, list[carbon.Record]] = dataclasses.field(default_factory=dict)
 
     def take_accuracy(self, path: Path) -> None:
         """Runs everything once; what later runs answer has to be the same."""
@@ -227,9 +231,17 @@ class Results:
             "stages": stages,
             "host_share": 1 - stages["compute"] / seconds if way != "streamed" else None,
             **self.useful(one, self.about["useful_flops"] / busy),
+            **self.energy(one, way),
             "slower_than_first": statistics.median(ratios) if ratios else None,
             "compute_slower_than_first": statistics.median(compute_ratios) if ratios else None,
         }
+
+    def energy(self, one: Contestant, way: str) -> dict[str, Any]:
+        """What the machine took while the rounds of one way ran; nothing if not measured."""
+        if not one.energy.get(way):
+            return {}
+        whole = carbon.add(*one.energy[way])
+        return carbon.per_1000(whole, whole["questions"])
 
     def pairs(self, one: Contestant, way: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Rounds of a backend and, side by side, of the first one of its dtype on its device."""

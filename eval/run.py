@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxqa import answers, features, files, reader, stores
+from flaxqa import answers, carbon, features, files, reader, stores
 from flaxqa.answers import Answer, Answers
 from flaxqa.config import ModelOptions, ReaderOptions
 from flaxqa.errors import TryAgain
@@ -55,7 +55,17 @@ def evaluate(
       UsageError, DataError, ModelRejected: before anything is computed; see there.
       TryAgain: the output cannot be written, or the hub cannot be reached.
     """
-    progress = progress or Silence()
+    with carbon.Meter(config) as meter:
+        return evaluated(config, progress or Silence(), given, meter)
+
+
+def evaluated(
+    config: EvalConfig,
+    progress: Progress,
+    given: tuple[Data, dict[str, Any]] | None,
+    meter: carbon.Meter,
+) -> dict[str, Any]:
+    """As `evaluate`, with a meter that runs."""
     began = now()
     output = files.working_directory(config.output)
     progress.stage("reading questions")
@@ -65,6 +75,7 @@ def evaluate(
     loading = time.perf_counter()
     loaded = reader.load(**config.of(ModelOptions), **config.of(ReaderOptions))
     load_seconds = time.perf_counter() - loading
+    meter.covers(loaded.predictor.devices[0].platform)
     run = describe(config, loaded, data, source)
     with Partial(output / ".partial.jsonl", run_key(run)) as partial:
         resumed = len(partial.rows)
@@ -73,7 +84,8 @@ def evaluate(
         with Profile(config.profile) as profile:
             advance = profile.after(progress.advance)
             for found, took in answers_of(left, loaded, config, advance):
-                partial.append(found, took)
+                meter.count(len(found))
+                partial.append(found, took, meter)
     progress.stage("scoring")
     scoring = time.perf_counter()
     predictions, scores, of_v2 = scored(data, partial.rows, config)
@@ -83,6 +95,9 @@ def evaluate(
     metrics["load_seconds"] = load_seconds
     metrics["resumed_questions"] = resumed
     metrics["peak_memory_bytes"] = environment.peak_memory()
+    if (measured := meter.stop()) is not None:
+        parts = [*partial.measured.values(), measured]
+        metrics["carbon"] = carbon.result(parts, len(partial.rows))
     run["shapes"] = [shape._asdict() for shape in loaded.predictor.shapes]
     run["started"], run["finished"] = began, now()
     write(output, data, partial.rows, predictions, scores, metrics, run)
@@ -168,7 +183,8 @@ def scored(
 
 def run_key(run: dict[str, Any]) -> str:
     """A hash of everything that decides an answer: a resumed run must have the same."""
-    later = ("output", "min_f1", "null_score_diff_threshold", "profile")  # these decide no row
+    later = ("output", "min_f1", "null_score_diff_threshold", "profile", "carbon", "country",
+             "grid")  # these decide no row  # fmt: skip
     config = {k: v for k, v in run["config"].items() if k not in later}
     model = {k: v for k, v in run["model"].items() if k != "directory"}
     decides = {**run, "config": config, "model": model}
@@ -192,12 +208,18 @@ class Partial:
 
     The file's first line is the run key, each other one a chunk. A last line that was cut by a
     crash is dropped; a file of another run is begun anew.
+
+    Attributes:
+      rows: the answers, in the order of the questions.
+      spent: what they took.
+      measured: of each session before this one the last record of its `carbon.Meter`.
     """
 
     def __init__(self, path: Path, key: str):
         self.path = path
         self.rows: list[Answers] = []
         self.spent = Spent()
+        self.measured: dict[str, carbon.Record] = {}
         try:
             path.touch()
             self.file = path.open("r+b")
@@ -230,21 +252,25 @@ class Partial:
                         break
                 else:
                     rows = [from_fields(*fields) for fields in content["rows"]]
+                    measured = {**self.measured, **content.get("measured", {})}
                     self.spent.add(Spent(**content["spent"]))
                     self.rows += rows
+                    self.measured = measured
             except (ValueError, KeyError, TypeError):
                 break
             size += len(line)
         return size
 
-    def append(self, rows: Sequence[Answers], spent: Spent) -> None:
-        """Keeps a chunk; when this returns it is on disk."""
+    def append(self, rows: Sequence[Answers], spent: Spent, meter: carbon.Meter) -> None:
+        """Keeps a chunk, and what was measured so far; when this returns it is on disk."""
         self.rows += rows
         self.spent.add(spent)
         content = {
             "rows": [as_fields(row) for row in rows],
             "spent": dataclasses.asdict(spent),
         }
+        if (reading := meter.reading()) is not None:
+            content["measured"] = {meter.session: reading}
         try:
             self.file.write(json.dumps(content).encode() + b"\n")
             self.file.flush()

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaxqa import buckets, engines, inputs, records, stores
+from flaxqa import buckets, carbon, engines, inputs, records, stores
 from flaxqa.config import PredictConfig
 from flaxqa.errors import DataError, TryAgain, UsageError
 from flaxqa.parts import SUFFIXES, Entry, Output
@@ -48,6 +48,8 @@ class Summary:
       seconds: of computing them.
       padding_share: of the computed tokens.
       batch_tokens: of the largest batch on each device, at the end.
+      carbon: the energy of the whole run, see `flaxqa.carbon`; of this process while the run is not
+        complete; None if it was not measured.
     """
 
     complete: bool
@@ -60,6 +62,7 @@ class Summary:
     seconds: float = 0.0
     padding_share: float = 0.0
     batch_tokens: int | None = None
+    carbon: carbon.Record | None = None
 
 
 def inputs_of(config: PredictConfig) -> list[Input]:
@@ -128,14 +131,17 @@ def predict(
             loaded.append(load_reader(config))
         return describe(config, plan, loaded[0])
 
-    with output_in(config.output, share) as output:
+    with carbon.Meter(config) as meter, output_in(config.output, share) as output:
         output.begin(make_plan, describe_run, suffix=SUFFIXES[config.format], restart=restart)
-        spent = compute(config, output, loaded[0], progress)
+        meter.covers(loaded[0].predictor.devices[0].platform)
+        spent = compute(config, output, loaded[0], progress, meter)
         complete = len(output.finished) == len(output.place.plan.shards)
+        summary = summary_of(output, spent, loaded[0], complete)
         if complete and share is None:
             progress.stage("completing")
-            output.finalize()
-        summary = summary_of(output, spent, loaded[0], complete)
+            summary.carbon = output.finalize().get("carbon")
+        elif (measured := meter.reading()) is not None:
+            summary.carbon = carbon.result([measured], summary.computed)
     return summary if share is None else completed(config, summary, spent)
 
 
@@ -148,18 +154,27 @@ def completed(config: PredictConfig, summary: Summary, spent: Total) -> Summary:
     return dataclasses.replace(whole, batch_tokens=summary.batch_tokens, **spent.fields())
 
 
-def compute(config: PredictConfig, output: Output, reader: Reader, progress: Progress) -> Total:
-    """Computes the parts that are left, and notes each."""
+def compute(
+    config: PredictConfig, output: Output, reader: Reader, progress: Progress, meter: carbon.Meter
+) -> Total:
+    """Computes the parts that are left, and notes each, and what was measured meanwhile."""
     place, spent = output.place, Total()
     left = output.left()
     sizes = {i: sum(one.records for one in place.plan.shards[i]) for i in output.mine()}
     progress.begin(sum(sizes.values()), sum(sizes.values()) - sum(sizes[i] for i in left))
     run = engines.run_on_ray if config.engine == "ray" else engines.run_here
-    for entry, took in run(config, place, reader, left, progress):
-        output.note(entry)
-        spent.add(entry, took)
-        progress.advance(0, 0, spent.fields()["padding_share"])
-        refuse_too_many(config, output, place.plan)
+    try:
+        for entry, took in run(config, place, reader, left, progress):
+            output.note(entry)
+            spent.add(entry, took)
+            meter.count(entry.rows + entry.set_aside)
+            output.note_measured(meter)
+            progress.advance(0, 0, spent.fields()["padding_share"])
+            refuse_too_many(config, output, place.plan)
+    finally:
+        meter.stop()
+        if left:  # a run that is complete does not grow by being looked at
+            output.note_measured(meter)
     return spent
 
 
@@ -179,8 +194,9 @@ def finalize(directory: str | Path) -> Summary:
     """
     with output_in(directory) as output:
         output.go_on()
-        output.finalize()
-        return summary_of(output, Total(), None, True)
+        done = output.finalize()
+        summary = summary_of(output, Total(), None, True)
+        return dataclasses.replace(summary, carbon=done.get("carbon"))
 
 
 def check(config: PredictConfig, share: tuple[int, int] | None) -> None:
@@ -191,6 +207,11 @@ def check(config: PredictConfig, share: tuple[int, int] | None) -> None:
         raise UsageError(f"shard {share[0]}/{share[1]}: the first must be from 0 to the second - 1")
     if share is not None and config.engine != "local":
         raise UsageError("a share of the work is computed by the engine local")
+    if config.carbon and config.engine != "local":
+        raise UsageError(
+            "--carbon is for the engine local, which measures the machine that it runs on; with "
+            "--shard i/n on each host, the run has the sum of all hosts"
+        )
     if config.profile is not None and config.engine != "local":
         raise UsageError("--profile is for the engine local, which computes in this process")
 

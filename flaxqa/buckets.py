@@ -37,11 +37,10 @@ from flaxqa.parts import (
     Output,
     Place,
     line_of,
-    sealed,
     some_of,
-    unsealed,
 )
 from flaxqa.records import Plan
+from flaxqa.seals import sealed, unsealed
 
 NOTES = "_manifest"
 ROLLED = f"{NOTES}/rolled-"  # begins the names of what has many entries
@@ -112,6 +111,9 @@ class BucketOutput(Output):
         self.states = stores.states_below(self.directory)
         return contextlib.nullcontext()
 
+    def names(self) -> list[str]:
+        return list(self.states)
+
     def strangers(self) -> list[str]:
         return [name for name in self.states if name.startswith("part-")]
 
@@ -141,7 +143,7 @@ class BucketOutput(Output):
         own, ours = {RUN, PLAN}, [stores.PROBE]
         if RUN in self.states:
             own |= {MANIFEST, SUCCESS, ERRORS}
-            ours.append(ROLLED)
+            ours += [ROLLED, "_carbon-"]
         for part in self.known():
             own |= {part + suffix for suffix in SUFFIXES.values()}
             own |= {f"{FRAGMENTS}/{part}.jsonl", f"{NOTES}/{part}.json"}

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaxqa import files
+from flaxqa import carbon, files
 from flaxqa.config import AnswerOptions, ModelOptions, ReaderOptions
 from flaxqa.errors import DataError, GateNotMet, TryAgain, UsageError
 
@@ -242,6 +242,7 @@ def summary(metrics: dict[str, Any], output: str) -> None:
         f"{metrics['windows_per_second']:,.1f} windows/s, "
         f"{metrics['tokens_per_second']:,.0f} tokens/s",
         stages,
+        *([carbon.told(metrics["carbon"])] if "carbon" in metrics else []),
         f"results in {output}",
     ]
     if "best_f1" in metrics:
@@ -335,10 +336,16 @@ def tell(done: Summary, output: str) -> int:
         )
     if done.set_aside and done.complete:
         lines.append(f"what was set aside is in {Path(output) / 'errors.jsonl'}, with the reasons")
+    if done.carbon is not None:
+        alone = "" if done.complete else "; of this process alone"
+        lines.append(carbon.told(done.carbon) + alone)
     lines.append(f"{done.parts:,} parts in {output}")
     print("\n".join(lines), file=sys.stderr)
     if not sys.stdout.isatty():
-        print(json.dumps(dataclasses.asdict(done)))
+        counts = dataclasses.asdict(done)
+        if done.carbon is None:
+            del counts["carbon"]
+        print(json.dumps(counts))
     return SET_ASIDE if done.set_aside else 0
 
 

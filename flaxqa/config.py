@@ -11,6 +11,7 @@ import inspect
 import math
 import numbers
 import posixpath
+import re
 import tomllib
 import types
 import typing
@@ -249,7 +250,44 @@ class DataOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PredictConfig(ReaderOptions, AnswerOptions, DataOptions, ModelOptions):
+class CarbonOptions(Options):
+    """Whether energy and CO2e are measured. They decide no answer."""
+
+    FINITE: ClassVar[tuple[str, ...]] = ("grid",)
+
+    carbon: bool = False
+    """Measure the energy that the machine takes, by codecarbon and without the network; with
+    --country or --grid, which make CO2e of it."""
+
+    country: str | None = None
+    """With --carbon: whose average electricity counts, as ISO 3166-1 has it in three letters: FRA,
+    DEU, USA."""
+
+    grid: float | None = None
+    """With --carbon: g CO2e of a kWh, where that of the electricity used here is known."""
+
+    def problems(self) -> list[str]:
+        """What cannot be, a sentence each."""
+        found = super().problems()
+        given = [name for name in ("country", "grid") if getattr(self, name) is not None]
+        if self.carbon and not given:
+            found.append("carbon is asked for, but not whose electricity counts: give --country "
+                         "FRA, or --grid with the g CO2e of a kWh")  # fmt: skip
+        elif self.carbon and len(given) > 1:
+            found.append("carbon is asked for with --country and --grid; give only one")
+        elif not self.carbon:
+            found += [f"{name} is given without --carbon, which measures" for name in given]
+        if self.country is not None and not re.fullmatch("[A-Z]{3}", self.country):
+            found.append(
+                f"country is {self.country!r}, it must be three capital letters, as FRA or DEU"
+            )
+        if is_number(self.grid) and self.grid is not None and self.grid < 0:
+            found.append(f"grid is {self.grid!r}, it must be a number of at least 0")
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictConfig(CarbonOptions, ReaderOptions, AnswerOptions, DataOptions, ModelOptions):
     """Answers to any number of records."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("input", "output", "profile")

@@ -6,6 +6,7 @@
     _plan.json                    the shards
     _manifest.jsonl               a line for each finished part, appended: its rows and sha256
     _SUCCESS                      counts; written last, when everything is there
+    _carbon-0123456789ab.json     what a process measured with --carbon; _SUCCESS has the sum
     _errors/                      what was set aside of each shard
 
 A part and what belongs to it appear by renaming after they are on disk; then comes the line in the
@@ -29,15 +30,20 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from flaxqa import files
+from flaxqa import carbon, files
 from flaxqa.errors import DataError, TryAgain, UsageError, all_problems
 from flaxqa.records import Plan
+from flaxqa.seals import as_json, checksum, sealed, unsealed
 
 RUN, PLAN, MANIFEST = "_run.json", "_plan.json", "_manifest.jsonl"
 ERRORS, FRAGMENTS, SUCCESS, LOCK = "errors.jsonl", "_errors", "_SUCCESS", ".lock"
 SUFFIXES = {"parquet": ".parquet", "jsonl": ".jsonl"}
 SHOWN = 10
-STATE = re.compile(r"_manifest(-\d+-of-\d+)?\.jsonl|_run\.json|_plan\.json|_SUCCESS|errors\.jsonl")
+MEASURED = re.compile(r"_carbon-[0-9a-f]+\.json")
+STATE = re.compile(
+    r"_manifest(-\d+-of-\d+)?\.jsonl|_run\.json|_plan\.json|_SUCCESS|errors\.jsonl|"
+    + MEASURED.pattern
+)
 LOCKS = re.compile(r"\.lock(-begin|-\d+-of-\d+)?")
 TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")  # of `files.write_whole`
 
@@ -437,6 +443,21 @@ class Output:
         files.append_line(self.path(name), line_of(entry))
         self.finished[entry.shard] = entry
 
+    def note_measured(self, meter: carbon.Meter) -> None:
+        """Writes what this process has measured so far, if it measures."""
+        if (reading := meter.reading()) is not None:
+            self.put(f"_carbon-{meter.session}.json", sealed(reading))
+
+    def measured(self) -> list[carbon.Record]:
+        """What every process has measured; one that is damaged was not measured."""
+        names = sorted(name for name in self.names() if MEASURED.fullmatch(name))
+        found = [unsealed(self.content(name)) for name in names]
+        return [one for one in found if one is not None]
+
+    def names(self) -> list[str]:
+        """Of the files that are there."""
+        return [path.name for path in self.directory.iterdir()]
+
     def finalize(self) -> dict[str, Any]:
         """Puts what was set aside together and declares the run complete.
 
@@ -468,6 +489,8 @@ class Output:
             "parts": len(entries),
             "run_key": place.run_key,
         }
+        if measured := self.measured():
+            summary["carbon"] = carbon.result(measured, plan.records)
         self.put(SUCCESS, as_json(summary))
         return summary
 
@@ -548,29 +571,6 @@ def sha256_of(path: Path) -> str | None:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
-        return None
-
-
-def as_json(content: Any) -> bytes:
-    return json.dumps(content, indent=1).encode() + b"\n"
-
-
-def checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def sealed(content: Mapping[str, Any]) -> bytes:
-    """A JSON file with a checksum of its content."""
-    return as_json({**content, "checksum": checksum(content)})
-
-
-def unsealed(content: bytes) -> dict[str, Any] | None:
-    """What was sealed; None if it is damaged."""
-    try:
-        found = json.loads(content)
-        told = found.pop("checksum")
-        return found if checksum(found) == told else None
-    except (ValueError, RecursionError, LookupError, AttributeError, TypeError):
         return None
 
 
