@@ -124,7 +124,7 @@ class FinetuneConfig(CarbonOptions, WindowOptions, PlaceOptions, DataOptions, Mo
     """AdamW's, of kernels and embeddings; biases and norms have none."""
 
     freeze_embeddings: bool = False
-    """Leave the embeddings as they are."""
+    """Leave the embeddings and their norm as they are."""
 
     dropout: bool = True
     """Whether to drop out at random, at the rates in the checkpoint's config.json."""

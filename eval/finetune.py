@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxqa import checkpoint, features, files, parts, reader, teacher, training
+from flaxqa import carbon, checkpoint, features, files, parts, reader, teacher, training
 from flaxqa.checkpoint import Checkpoint
 from flaxqa.config import DataOptions
 from flaxqa.devices import default_dtype, local_devices, use_compilation_cache
@@ -43,7 +43,9 @@ from .squad import METRICS
 MANIFEST, LOG, ERRORS = "finetune.json", "log.jsonl", "errors.jsonl"
 STATE, TEACHER = "state", "teacher"
 PACKAGES = (*run.PACKAGES, "optax", "orbax-checkpoint")
-LATER = ("output", "stop_after", "save_every", "cache_teacher", "heldout")  # decide no weight
+LATER = (  # options that decide no weight
+    "output", "stop_after", "save_every", "cache_teacher", "heldout", "carbon", "country", "grid",
+)  # fmt: skip
 
 
 def finetune(
@@ -67,9 +69,11 @@ def finetune(
         if restart:
             remove(output)
         refuse_other(output)
-        work = Work.prepare(config, output, progress)
-        with Saved(output / STATE, config.save_every) as saved:
-            return Training(work, saved, progress).run()
+        with carbon.Meter(config) as meter:
+            work = Work.prepare(config, output, progress)
+            meter.covers(work.trainer.devices[0].platform)
+            with Saved(output / STATE, config.save_every) as saved:
+                return Training(work, saved, meter, progress).run()
 
 
 def remove(output: Path) -> None:
@@ -307,6 +311,8 @@ def describe(
         "versions": environment.versions(PACKAGES),
         "steps_done": 0,
         "epochs": [],
+        "measured": {},
+        "carbon": None,
         "started": run.now(),
         "finished": None,
     }
@@ -324,6 +330,10 @@ def resumed(output: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     try:
         before = json.loads(path.read_bytes())
         found = parts.differences(decides(before), decides(manifest))
+        kept = {
+            name: before[name]
+            for name in ("steps_done", "epochs", "measured", "carbon", "started", "finished")
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged; --restart begins anew") from error
     if found:
@@ -333,7 +343,6 @@ def resumed(output: Path, manifest: dict[str, Any]) -> dict[str, Any]:
                 found,
             )
         )
-    kept = {name: before[name] for name in ("steps_done", "epochs", "started", "finished")}
     return manifest | kept
 
 
@@ -404,9 +413,9 @@ class Saved:
 class Training:
     """The steps of a run, from where it was to its end."""
 
-    def __init__(self, work: Work, saved: Saved, progress: Progress):
+    def __init__(self, work: Work, saved: Saved, meter: carbon.Meter, progress: Progress):
         """Begins nothing yet."""
-        self.work, self.saved, self.progress = work, saved, progress
+        self.work, self.saved, self.meter, self.progress = work, saved, meter, progress
         self.config, self.rows, self.manifest = work.config, work.rows, work.manifest
         self.steps = self.manifest["steps"]
         self.last = min(self.config.stop_after or self.steps, self.steps)
@@ -428,7 +437,7 @@ class Training:
             end = min((epoch + 1) * per_epoch, self.last)
             state = self.through(state, epoch, done, end)
             done = end
-            self.saved.save(state, done)
+            self.keep(state, done)
             self.conclude(state, done)
         if len(self.manifest["epochs"]) == 0 or self.manifest["epochs"][-1]["step"] != done:
             self.conclude(state, done)  # it was stopped between the two
@@ -465,6 +474,7 @@ class Training:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 asked = round(n_windows * self.work.questions_per_window)
+                self.meter.count(asked)
                 self.progress.advance(asked, n_windows, told=f"loss {line['loss']:.3f}")
 
             batches = self.rows.epoch(self.config.seed, epoch, begin - first)
@@ -473,9 +483,19 @@ class Training:
                 note()
                 told = number, values, len(chosen)
                 if (number + 1) % self.saved.every == 0:
-                    self.saved.save(state, number + 1)
+                    self.keep(state, number + 1)
             note()
         return state
+
+    def keep(self, state: State, done: int) -> None:
+        """Saves a state, and what the energy so far was."""
+        self.saved.save(state, done)
+        if (record := self.meter.reading()) is not None:
+            self.manifest["measured"][self.meter.session] = record
+            self.write_manifest()
+
+    def write_manifest(self) -> None:
+        files.write_whole(self.work.output / MANIFEST, run.as_json(self.manifest))
 
     def conclude(self, state: State, done: int) -> None:
         """Notes what an epoch came to, scored on the held-out questions if there are any."""
@@ -499,7 +519,7 @@ class Training:
             result
         ]
         self.manifest["steps_done"] = done
-        files.write_whole(self.work.output / MANIFEST, run.as_json(self.manifest))
+        self.write_manifest()
 
     def score(self, state: State, folder: Path) -> dict[str, Any]:
         """Writes the checkpoint of an epoch and evaluates it."""
@@ -533,7 +553,12 @@ class Training:
         self.progress.stage("writing the checkpoint")
         self.write(state, self.work.output)
         self.manifest["finished"] = run.now()
-        files.write_whole(self.work.output / MANIFEST, run.as_json(self.manifest))
+        if (record := self.meter.stop()) is not None:
+            self.manifest["measured"][self.meter.session] = record
+        if measured := [*self.manifest["measured"].values()]:
+            seen = round(self.rows.batch_size * done * self.work.questions_per_window)
+            self.manifest["carbon"] = carbon.result(measured, seen)
+        self.write_manifest()
         if done == self.steps:
             self.saved.manager.wait_until_finished()
             for name in (STATE, TEACHER):

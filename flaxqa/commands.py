@@ -281,6 +281,8 @@ def finetune(command: Finetune) -> int:
         print(f"{aside} questions set aside, see errors.jsonl", file=sys.stderr)
     whole = done["steps_done"] == done["steps"]
     part = "" if whole else f" after {done['steps_done']:,} of {done['steps']:,} steps"
+    if done["carbon"] is not None:
+        print(carbon.told(done["carbon"]), file=sys.stderr)
     print(f"trained checkpoint{part} in {command.tuning.output}", file=sys.stderr)
     if not sys.stdout.isatty():
         print(json.dumps(done))

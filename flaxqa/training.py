@@ -11,7 +11,7 @@ Axes: B rows of a batch, T tokens of a row, W windows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,15 +77,16 @@ class Recipe:
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW after clipping; source: Loshchilov and Hutter 2019, arxiv.org/abs/1711.05101."""
 
-        def decayed(params: Any) -> Any:
-            return jax.tree_util.tree_map_with_path(
-                lambda path, _: any(name in str(path) for name in ("kernel", "embedding'")), params
-            )
+        def by_name(value: Callable[[list[Any]], Any]) -> Callable[[Any], Any]:
+            def of(params: Any) -> Any:
+                return jax.tree_util.tree_map_with_path(
+                    lambda path, _: value([getattr(key, "key", None) for key in path]), params
+                )
 
-        def kind(params: Any) -> Any:
-            return jax.tree_util.tree_map_with_path(
-                lambda path, _: "frozen" if "'embeddings'" in str(path) else "trained", params
-            )
+            return of
+
+        decayed = by_name(lambda names: "kernel" in names or "embedding" in names)
+        kind = by_name(lambda names: "frozen" if "embeddings" in names else "trained")
 
         trained = optax.chain(
             optax.clip_by_global_norm(CLIP),
