@@ -1,4 +1,4 @@
-"""One page of results: comparisons, evaluations and probes as a self-contained HTML file.
+"""One page of results: of compare, eval, probe and finetune as a self-contained HTML file.
 
 The page loads nothing, neither script nor font nor picture; plots are SVG inside it, in the colours
 of the reader's light or dark scheme. All text from data is escaped.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flaxqa import carbon, files
 from flaxqa.errors import DataError, UsageError
 
-from .plots import NOTHING, bars, number, plots
+from .plots import NOTHING, bars, lines, number, plots
 from .squad import METRICS
 
 SHOWN = 50  # disagreements
@@ -23,6 +23,7 @@ MOST_ASSOCIATIONS = 12  # of a section, before the others are folded in
 MINUS = "\u2212"
 LONGEST = 1_000  # characters of a text
 AROUND = 160  # characters on both sides of an answer
+POINTS = 100  # of a curve of losses: each the mean of a stretch of steps
 
 
 # --- reading ---
@@ -38,6 +39,7 @@ class Run:
       metrics: content of metrics.json, None if it is no evaluation.
       run: content of run.json, with `metrics`.
       probe: content of probe.json, None if there is none.
+      training: content of finetune.json, with the lines of log.jsonl as `log`; None without them.
     """
 
     name: str
@@ -45,10 +47,11 @@ class Run:
     metrics: Mapping[str, Any] | None = None
     run: Mapping[str, Any] | None = None
     probe: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] | None = None
 
 
 def read(directory: str | Path) -> Run:
-    """The results in a directory of `flaxqa eval`, `compare`, `bench` or `probe`.
+    """The results in a directory of `flaxqa eval`, `compare`, `bench`, `probe` or `finetune`.
 
     Raises:
       UsageError: it has none.
@@ -56,9 +59,9 @@ def read(directory: str | Path) -> Run:
     """
     directory = files.local(directory)
 
-    def content(name: str) -> Any:
+    def content(name: str, parse: Callable[[bytes], Any] = json.loads) -> Any:
         try:
-            return json.loads((directory / name).read_bytes())
+            return parse((directory / name).read_bytes())
         except (ValueError, RecursionError) as error:
             raise DataError(f"{directory / name} is not JSON: {error}") from error
         except OSError as error:
@@ -71,11 +74,16 @@ def read(directory: str | Path) -> Run:
         found |= {"metrics": content("metrics.json"), "run": content("run.json")}
     if (directory / "probe.json").is_file():
         found["probe"] = content("probe.json")
+    if (directory / "finetune.json").is_file():
+        log = content("log.jsonl", lambda text: [*map(json.loads, text.splitlines())])
+        found["training"] = {**content("finetune.json"), "log": log}
     if found:
         return Run(directory.name, **found)
     if not directory.is_dir():
         raise UsageError(f"{directory} is {'no directory' if directory.exists() else 'missing'}")
-    raise UsageError(f"{directory} has neither comparison.json nor metrics.json nor probe.json")
+    raise UsageError(
+        f"{directory} has none of comparison.json, metrics.json, probe.json and finetune.json"
+    )
 
 
 # --- numbers as text ---
@@ -375,20 +383,61 @@ def disagreements(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return shown
 
 
+def with_interval(metrics: Mapping[str, Any], name: str) -> str:
+    """A score and its interval, where there is one."""
+    if name not in metrics:
+        return NOTHING
+    low, high = metrics[f"{name}_interval"]
+    return f"{metrics[name]:.2f} ({low:.2f} to {high:.2f})"
+
+
+def trained(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A training run as the page shows it."""
+    config, data, log = content["config"], content["data"], content["log"]
+    taught = f", taught by {config['teacher']}" if config["teacher"] else ""
+    about = (
+        f"{content['started'][:16].replace('T', ' ')} \u00b7 {config['model']} on "
+        f"{data['questions']:,} questions of {data['name']}{taught} \u00b7 "
+        f"{content['steps_done']:,} of {content['steps']:,} steps of {config['batch_size']} windows"
+    )
+    energy = carbon.told(content["carbon"]) if content["carbon"] else ""
+    size = -(-len(log) // POINTS) or 1
+    stretches = [log[at : at + size] for at in range(0, len(log), size)]
+    kinds = {"loss": "loss"}
+    if config["teacher"]:
+        kinds |= {"answers": "of answers", "distillation": "of distillation"}
+    curves = {
+        label: ([each[-1]["step"] for each in stretches],
+                [sum(one[kind] for one in each) / len(each) for each in stretches])
+        for kind, label in kinds.items()
+    }  # fmt: skip
+    return {
+        "name": name,
+        "about": about,
+        "head": ["epoch", "steps", "loss", *(one.label for one in METRICS.values()), "questions/s"],
+        "rows": [
+            [f"{one['epoch']:g}", f"{one['step']:,}", number(one["loss"]),
+             *(with_interval(one, metric) for metric in METRICS),
+             number(one["questions_per_second"])]
+            for one in content["epochs"]
+        ],
+        "carbon": f"{energy[:1].upper()}{energy[1:]}",
+        "plot": lines(curves, name="loss", xlabel="step", ylabel="loss") if log else "",
+        "made_of": {key: content[key] for key in
+                    ("config", "model", "teacher", "data", "windows", "platform", "versions")},
+    }  # fmt: skip
+
+
 def evaluations(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]] | None:
     """A table of the runs of `flaxqa eval`."""
     found = [(one.name, one.metrics, one.run) for one in runs if one.metrics and one.run]
     measured, rows = any("carbon" in metrics for _, metrics, _ in found), []
     for name, metrics, run in found:
-
-        def score(name: str, metrics: Mapping[str, Any] = metrics) -> str:
-            low, high = metrics[f"{name}_interval"]
-            return f"{metrics[name]:.2f} ({low:.2f} to {high:.2f})"
-
         rows.append([
             name, run["started"][:16].replace("T", " "), run["config"]["model"],
             run["data"]["name"], run["platform"]["dtype"], f"{metrics['total']:,}",
-            *map(score, METRICS), number(metrics["questions_per_second"]),
+            *(with_interval(metrics, one) for one in METRICS),
+            number(metrics["questions_per_second"]),
             *(carbon.cells(metrics.get("carbon")) if measured else ()),
         ])  # fmt: skip
     head = ("run", "started", "model", "data", "dtype", "questions",
@@ -440,6 +489,7 @@ def page(runs: Sequence[Run]) -> str:
     return template.render(
         compared=compared, evaluated=evaluations(runs), evaluation_plots=evaluation_plots(runs),
         probed=[probed(run.name, run.probe) for run in runs if run.probe is not None],
+        trained=[trained(run.name, run.training) for run in runs if run.training is not None],
         most=MOST_ASSOCIATIONS, number=number,
     )  # fmt: skip
 

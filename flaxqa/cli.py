@@ -245,7 +245,7 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Make one page of the results of any runs of eval, compare, bench and probe.
+    """Make one page of the results of any runs of eval, compare, bench, probe and finetune.
 
     The page is a single HTML file that loads nothing.
     """

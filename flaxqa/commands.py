@@ -143,7 +143,7 @@ def write_report(command: Report) -> int:
 
     needs("the report", "jinja2", "matplotlib")
     if not command.runs:
-        raise UsageError("give at least one RUN: the --output of an eval, compare, bench or probe")
+        raise UsageError("give at least one RUN: the --output of an eval or compare, say")
     report.write([report.read(one) for one in command.runs], command.output)
     print(f"flaxqa: {command.output}", file=sys.stderr)
     return 0

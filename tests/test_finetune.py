@@ -105,16 +105,16 @@ def test_it_writes_a_checkpoint_that_flaxqa_and_transformers_load_alike(tune, da
 
 
 def test_the_loss_falls_and_every_epoch_is_scored(tune, data):
-    done, output = tune(heldout=str(data), epochs=4)
+    done, output = tune(heldout=str(data), epochs=4, learning_rate=1e-2)
     told = steps(output)
     assert [line["step"] for line in told] == list(range(1, 21))
     assert [line["epoch"] for line in told] == [1] * 5 + [2] * 5 + [3] * 5 + [4] * 5
-    assert told[0]["learning_rate"] == pytest.approx(1e-3)
-    assert told[-1]["learning_rate"] == pytest.approx(1e-3 / 20)
+    assert told[0]["learning_rate"] == pytest.approx(1e-2)
+    assert told[-1]["learning_rate"] == pytest.approx(1e-2 / 20)
     first, *_, last = done["epochs"]
     assert last["loss"] < first["loss"] / 2
     assert last["loss"] == pytest.approx(np.mean([line["loss"] for line in told[-5:]]))
-    assert last["exact_match"] > first["exact_match"]
+    assert last["exact_match"] == 100
     assert [one["epoch"] for one in done["epochs"]] == [1, 2, 3, 4]
     metrics = json.loads((output / "epoch-4" / "eval" / "metrics.json").read_text())
     assert metrics["f1"] == last["f1"]
@@ -149,9 +149,10 @@ def test_what_was_stopped_before_an_epoch_was_scored_is_scored_afterwards(tune, 
     def fail(*arguments):
         raise Stopped
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         patch.setattr(finetune.run, "evaluate", fail)
-        tune(heldout=str(data), epochs=1)
+        with pytest.raises(Stopped):
+            tune(heldout=str(data), epochs=1)
     done, output = tune(heldout=str(data), epochs=1)
     assert [one["step"] for one in done["epochs"]] == [5]
     assert "f1" in done["epochs"][0]
@@ -207,7 +208,7 @@ def test_dropout_is_at_the_rates_of_the_config_unless_it_is_left_out(tune, folde
     plain = weights(tune("plain", dropout=False)[1])
     assert weights(tune("dropped")[1]) != plain
     write_config(folder, dropout=0.0, attention_dropout=0.0, qa_dropout=0.0)
-    done, output = tune("none")
+    output = tune("none")[1]
     assert weights(output) == plain
     kept = json.loads((output / "config.json").read_text())
     assert (kept["dropout"], kept["qa_dropout"]) == (0.0, 0.0)
@@ -271,7 +272,7 @@ def test_a_teacher_of_another_family_changes_what_is_learnt(tune, bert_teacher):
 
 def test_a_student_that_learns_from_itself_alone_has_nothing_to_learn(tune, folder):
     told = steps(tune(teacher=str(folder), distillation=1.0, dropout=False)[1])
-    assert max(line["loss"] for line in told) < 1e-4
+    assert told[0]["loss"] < 1e-6 < told[0]["answers"]
 
 
 def test_the_teachers_logits_are_computed_once(tune, bert_teacher, tmp_path, monkeypatch):
@@ -344,10 +345,10 @@ def test_questions_that_cannot_be_learnt_from_are_set_aside_with_the_reason(tune
 
 def test_an_answer_that_stands_elsewhere_once_is_found(data):
     data.write_text(
-        json.dumps(squad(("0", "who?", right("bob", 2)), ("1", "who?", right("i", 23))))
+        json.dumps(squad(("0", "who?", right("bob", 2)), ("1", "who?", right("i", 19))))
     )
     found, reasons = finetune.usable(questions.read(data).questions)
-    assert [one.starts for one in found] == [(11,), (23,)]
+    assert [one.starts for one in found] == [(11,), (19,)]
     assert not reasons
 
 
