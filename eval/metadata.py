@@ -116,7 +116,9 @@ def of_training(run: Run) -> dict[str, Any]:
         more = {"training_type": "fine-tuning", "geographical_location": carbon.get("country"),
                 "hardware_used": hardware}  # fmt: skip
         told["co2_eq_emissions"] = {
-            "emissions": carbon["g_co2e"],  # grams: https://huggingface.co/docs/hub/model-cards-co2
+            "emissions": float(
+                f"{carbon['g_co2e']:.3g}"
+            ),  # grams: https://huggingface.co/docs/hub/model-cards-co2
             "source": f"{OURS}, measured by {sections.measured_by(carbon)}",
             **{key: value for key, value in more.items() if value is not None},
         }

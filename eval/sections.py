@@ -226,6 +226,10 @@ def association(one: Mapping[str, Any], section: Mapping[str, Any]) -> list[str]
 
 # --- training ---
 
+RECIPE = ("epochs", "batch_size", "learning_rate", "warmup", "weight_decay", "dropout",
+          "freeze_embeddings", "dtype", "seed")  # fmt: skip
+DISTILLED = ("distillation", "temperature")
+
 
 def training(run: Run) -> str:
     """The section of a fine-tuning."""
@@ -240,10 +244,13 @@ def training(run: Run) -> str:
     said += "."
     if content["steps_done"] < content["steps"]:
         said += f" It stopped after {content['steps_done']:,} of {content['steps']:,} steps."
-    hidden = ("model", "data", "teacher", "output", "profile", "columns")
-    recipe = [[plain(name.replace("_", " ")), plain(value)] for name, value in config.items()
-              if name not in hidden and isinstance(value, int | float | str)]  # fmt: skip
-    recipe.insert(0, ["steps", f"{content['steps_done']:,}"])
+    windows = content["windows"]
+    settings = [*RECIPE, *(DISTILLED if teacher else ())]
+    recipe = [
+        ["steps", f"{content['steps_done']:,}"],
+        ["windows", f"{windows['max_length']:,} tokens, {windows['doc_stride']:,} shared"],
+        *([plain(name.replace("_", " ")), plain(config[name])] for name in settings),
+    ]
     parts = ["## Training", said, table(["setting", "value"], recipe)]
     epochs = content.get("epochs") or []
     if epochs:
@@ -265,7 +272,7 @@ def epoch(one: Mapping[str, Any]) -> list[str]:
     scores = [NOTHING if one.get(name) is None else scored(one[name], one.get(f"{name}_interval"))
               for name in METRICS]  # fmt: skip
     total = NOTHING if one.get("total") is None else f"{one['total']:,}"
-    return [f"{one['epoch']}", f"{one['step']:,}", number(one.get("loss")),
+    return [f"{one['epoch']:g}", f"{one['step']:,}", number(one.get("loss")),
             number(one.get("questions_per_second")), *scores, total]  # fmt: skip
 
 

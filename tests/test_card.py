@@ -15,7 +15,7 @@ from conftest import QUICKSTART, SHARED
 from flaxqa import cli
 from flaxqa.errors import DataError, UsageError
 from flaxqa.eval import metadata, readme, run, runs, sections, snippets
-from flaxqa.eval.config import EvalConfig
+from flaxqa.eval.config import EvalConfig, FinetuneConfig
 
 EVIL = "<img src=x onerror=alert(1)> | `x` *y* <!-- /flaxqa:bias -->\n# z"
 MODEL = QUICKSTART / "checkpoint"
@@ -99,15 +99,14 @@ CARBON = {"kwh": 0.5, "g_co2e": 28.0, "grid_g_per_kwh": 56.0, "country": "FRA",
 
 def finetune(path, **change):
     content = {
-        "config": {"model": "distilbert/distilbert-base-uncased",
-                   "data": "/home/ada/train-v1.1.json", "teacher": None,
-                   "learning_rate": 3e-5, "batch_size": 16, "epochs": 2, "seed": 0,
-                   "output": "/home/ada/tuned"},
+        "config": dataclasses.asdict(FinetuneConfig(
+            model="distilbert/distilbert-base-uncased", data="/home/ada/train-v1.1.json",
+            batch_size=16, epochs=2, output="/home/ada/tuned")),
         "model": {"directory": "/home/ada/cache", "commit": "c" * 40, "sha256": {}},
         "teacher": None,
         "data": {"name": "/home/ada/train-v1.1.json", "questions": 87_599,
                  "sha256": "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955"},
-        "steps": 100, "steps_done": 90,
+        "windows": {"max_length": 384, "doc_stride": 128}, "steps": 100, "steps_done": 90,
         "epochs": [{"epoch": 1, "step": 50, "loss": 1.25, "questions_per_second": 10.0,
                     "exact_match": 60.0, "f1": 70.0, "exact_match_interval": [59.0, 61.0],
                     "f1_interval": [69.0, 71.0], "total": 100}],
@@ -200,6 +199,8 @@ def test_fine_tuning_gives_base_model_data_and_grams(evaluated, tmp_path):
         "hardware_used": "NVIDIA H100",
     }  # fmt: skip
     assert "90 of 100 steps" in text
+    assert "| batch size | 16 |" in text
+    assert "| temperature |" not in text  # nobody taught
     assert (
         "| 1 | 50 | 1.25 | 10.0 | 60.00 (59.00 to 61.00) | 70.00 (69.00 to 71.00) | 100 |" in text
     )
@@ -403,14 +404,14 @@ def test_no_folder_of_anybody_is_in_the_card(evaluated, tmp_path):
     shutil.copytree(MODEL, tuned / "checkpoint")
     asked = probe(tmp_path / "p", model_of(evaluated / "all"))
     content = json.loads((asked / "probe.json").read_text())
-    content["config"] |= {"templates": "~ada/t.toml", "more": ["/home/ada/x", "../../ada/y"]}
+    content["config"] |= {"templates": "../../ada/t.toml", "weights": "~ada/w"}
     content["example"]["answer"] = "see /home/ada/z, ~/ada/u and C:\\ada\\v but either/or"
     (asked / "probe.json").write_text(json.dumps(content))
     text = made(evaluated / "all", tuned, asked, output=tmp_path / "c.md")
     for word in ("ada", str(tmp_path), str(QUICKSTART)):
         assert word not in text.replace("Ada live", "")
     assert "see z, u and v but either/or" in text
-    assert "--more x y" in text
+    assert "--templates t.toml" in text
 
 
 def test_the_bias_section_has_the_example_first_and_the_numbers(evaluated, tmp_path):
