@@ -75,6 +75,7 @@ def place(tmp_path_factory):
     predictions = {one["id"]: one["answers"][0]["text"] for one in asked}
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     written = {
+        "train.json": squad["1.1"],
         "dev-v1.1.json": squad["1.1"],
         "dev-v2.0.json": squad["v2.0"],
         "rajpurkar/squad/validation.json": squad["1.1"],
