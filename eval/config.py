@@ -79,6 +79,7 @@ class FinetuneConfig(CarbonOptions, WindowOptions, PlaceOptions, DataOptions, Mo
         "stop_after",
         "save_every",
     )
+    SEEDS: ClassVar[tuple[str, ...]] = ("seed",)
     SHARES: ClassVar[tuple[str, ...]] = ("distillation", "warmup", "weight_decay")
     POSITIVE: ClassVar[tuple[str, ...]] = ("learning_rate", "temperature")
 
@@ -148,6 +149,7 @@ class Measurement(CarbonOptions, Subject):
     """What backends are measured on, and how."""
 
     COUNTS: ClassVar[tuple[str, ...]] = ("rounds", "min_queries", "threads", "width")
+    SEEDS: ClassVar[tuple[str, ...]] = ("seed",)
     POSITIVE: ClassVar[tuple[str, ...]] = ("min_seconds", "latency_bound")
 
     limit: int | None = 200
@@ -230,6 +232,7 @@ class ProbeConfig(ReaderOptions, ModelOptions):
     """Underspecified questions that measure whom a checkpoint prefers."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("templates", "output")
+    SEEDS: ClassVar[tuple[str, ...]] = ("seed",)
 
     templates: str = "underspecified"
     """A TOML file of templates, JSON that UnQover generated, or the name of flaxqa's own."""
@@ -239,12 +242,6 @@ class ProbeConfig(ReaderOptions, ModelOptions):
 
     seed: int = 0
     """Of the resampling that gives intervals."""
-
-    def problems(self) -> list[str]:
-        found = super().problems()
-        if self.seed < 0:
-            found.append(f"seed is {self.seed!r}, it must not be negative")
-        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

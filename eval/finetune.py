@@ -13,12 +13,12 @@ run is complete.
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
+import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +26,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxqa import carbon, checkpoint, features, files, parts, reader, teacher, training
-from flaxqa.checkpoint import Checkpoint
-from flaxqa.config import DataOptions
-from flaxqa.devices import default_dtype, local_devices, use_compilation_cache
-from flaxqa.dropout import Rates
-from flaxqa.errors import DataError, UsageError, all_problems
+from flaxqa import carbon, checkpoint, files, parts, predict
+from flaxqa.devices import use_compilation_cache
+from flaxqa.errors import ModelRejected, UsageError
 from flaxqa.progress import Progress, Silence
-from flaxqa.training import Recipe, Rows, Span, State, Told, Trainer
+from flaxqa.training import Batch, State, Told
 
-from . import environment, questions, run
+from . import run
 from .config import EvalConfig, FinetuneConfig
-from .questions import Data, SquadExample
+from .preparation import CHECKPOINT, ERRORS, LOG, MANIFEST, STATE, TEACHER, Work
 from .squad import METRICS
-
-MANIFEST, LOG, ERRORS = "finetune.json", "log.jsonl", "errors.jsonl"
-STATE, TEACHER = "state", "teacher"
-PACKAGES = (*run.PACKAGES, "optax", "orbax-checkpoint")
-LATER = (  # options that decide no weight
-    "output", "stop_after", "save_every", "cache_teacher", "heldout", "carbon", "country", "grid",
-)  # fmt: skip
 
 
 def finetune(
@@ -86,286 +76,12 @@ def remove(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-CHECKPOINT = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-
 def refuse_other(output: Path) -> None:
     """Raises: UsageError: the output has a checkpoint that no run of this kind wrote."""
     if not (output / MANIFEST).is_file() and any((output / name).exists() for name in CHECKPOINT):
         raise UsageError(
             f"{output} has a checkpoint already; name another directory for the output"
         )
-
-
-# --- what is trained, on what ---
-
-
-@dataclasses.dataclass
-class Work:
-    """All that a run needs to begin.
-
-    Attributes:
-      config: what was asked.
-      output: where results go.
-      loaded: the checkpoint where training begins, in float32.
-      trainer: the steps.
-      rows: the windows.
-      heldout: the questions that score each epoch and where they are from, or None.
-      questions_per_window: how many questions a window is, on average.
-      manifest: the content of `finetune.json`.
-    """
-
-    config: FinetuneConfig
-    output: Path
-    loaded: Checkpoint
-    trainer: Trainer
-    rows: Rows
-    heldout: tuple[Data, dict[str, Any]] | None
-    questions_per_window: float
-    manifest: dict[str, Any]
-
-    @classmethod
-    def prepare(cls, config: FinetuneConfig, output: Path, progress: Progress) -> Work:
-        """Reads everything, and refuses what cannot be before anything is computed."""
-        progress.stage("reading questions")
-        options = DataOptions(**config.of(DataOptions))
-        data, source = questions.read_with_source(config.data, options, "train")
-        heldout = None
-        if config.heldout is not None:
-            options = dataclasses.replace(options, split=None)
-            heldout = questions.read_with_source(config.heldout, options)
-        progress.stage("loading the checkpoint")
-        devices = local_devices(config.devices)
-        loaded = checkpoint.load(
-            config.model,
-            revision=config.revision,
-            weights_file=config.weights,
-            new_head=config.seed,
-        )
-        taught_by = None
-        if config.teacher is not None:
-            taught_by = checkpoint.load(config.teacher, dtype=default_dtype(config.devices))
-            teacher.check(taught_by, loaded)
-        progress.stage("cutting windows")
-        asked, reasons = usable(data.questions[: config.limit])
-        windows, answers = windows_of(config, loaded, asked)
-        max_length, doc_stride = features.sizes(config, loaded.config.max_position_embeddings)
-        rows = Rows(windows, answers, config.batch_size, len(devices), max_length)
-        manifest = describe(config, loaded, taught_by, devices) | {
-            "data": {
-                **source,
-                "questions": len(asked),
-                "set_aside": len(reasons),
-                "questions_sha256": questions.sha256(asked),
-            },
-            "windows": {
-                "max_length": max_length,
-                "doc_stride": doc_stride,
-                "kind": config.windows,
-                "total": len(windows),
-                "without_answer": int((answers[:, 0] == 0).sum()),
-            },
-            "steps": rows.steps_per_epoch * config.epochs,
-        }
-        manifest = resumed(output, manifest)
-        files.write_whole(output / MANIFEST, run.as_json(manifest))
-        write_errors(output, reasons)
-        if taught_by is not None:
-            rows = dataclasses.replace(
-                rows, teacher=teacher_logits(config, output, taught_by, rows, progress)
-            )
-        trainer = Trainer(
-            loaded.model,
-            recipe_of(config, loaded, rows),
-            devices,
-            matmul_precision=config.matmul_precision,
-        )
-        return cls(
-            config, output, loaded, trainer, rows, heldout, len(asked) / len(windows), manifest
-        )
-
-
-def usable(asked: Sequence[SquadExample]) -> tuple[list[SquadExample], dict[str, str]]:
-    """The questions that can be learnt from, each with one place of its answer; of others why not.
-
-    The first right answer counts. It is where the data say, or, if that is not its text, where it
-    stands in the context if it does so once.
-    """
-    found, reasons = [], {}
-    for question in asked:
-        if (reason := features.why_unanswerable(question)) is not None:
-            reasons[question.id] = reason
-            continue
-        if not question.answers:
-            found.append(question)
-            continue
-        answer, context = question.answers[0], question.context
-        start = question.starts[0] if question.starts else -1
-        if start < 0 or context[start : start + len(answer)] != answer:
-            start = context.find(answer)
-            if start < 0 or context.find(answer, start + 1) >= 0:
-                often = "more than once" if start >= 0 else "nowhere"
-                told = f"the answer {answer[:40]!r} is not at its answer_start, and {often} else"
-                reasons[question.id] = told
-                continue
-        if not answer.strip():
-            reasons[question.id] = "the answer is blank"
-            continue
-        found.append(dataclasses.replace(question, answers=(answer,), starts=(start,)))
-    if not found:
-        raise DataError(
-            all_problems("no question can be learnt from", [*map(": ".join, reasons.items())])
-        )
-    return found, reasons
-
-
-def windows_of(
-    config: FinetuneConfig, loaded: Checkpoint, asked: Sequence[SquadExample]
-) -> tuple[features.Windows, np.ndarray]:
-    """The windows of all questions, and where the answer is in each; see `training.positions`."""
-    max_length, doc_stride = features.sizes(config, loaded.config.max_position_embeddings)
-    windows = features.make(
-        asked,
-        loaded.tokenizer,
-        max_length=max_length,
-        doc_stride=doc_stride,
-        windows=config.windows,
-    )
-    spans: list[Span | None] = [
-        (one.starts[0], one.starts[0] + len(one.answers[0])) if one.answers else None
-        for one in asked
-    ]
-    return windows, training.positions(windows, spans)
-
-
-def recipe_of(config: FinetuneConfig, loaded: Checkpoint, rows: Rows) -> Recipe:
-    rates = Rates.of(loaded.content, loaded.config.model_type) if config.dropout else Rates()
-    dtype = default_dtype(config.devices) if config.dtype == "auto" else config.dtype
-    return Recipe(
-        steps=rows.steps_per_epoch * config.epochs,
-        rates=rates,
-        dtype=dtype,
-        **{
-            name: getattr(config, name)
-            for name in (
-                "learning_rate",
-                "warmup",
-                "weight_decay",
-                "temperature",
-                "distillation",
-                "freeze_embeddings",
-                "seed",
-            )
-        },
-    )
-
-
-def teacher_logits(
-    config: FinetuneConfig, output: Path, taught_by: Checkpoint, rows: Rows, progress: Progress
-) -> np.ndarray:
-    """Those of `teacher.logits`, shown as they are computed."""
-    asker = reader.Reader(
-        taught_by, max_length=rows.longest, devices=config.devices,
-        matmul_precision=config.matmul_precision,
-    )  # fmt: skip
-    progress.begin(len(rows.windows), 0, "asking the teacher")
-    about = {
-        "teacher": taught_by.sha256(),
-        "dtype": str(taught_by.model.dtype),
-        "matmul_precision": config.matmul_precision,
-    }
-    folder = Path(config.cache_teacher) if config.cache_teacher else output / TEACHER
-    return teacher.logits(
-        asker.predictor, rows.windows, folder, about,
-        lambda windows: progress.advance(windows, windows),
-    )  # fmt: skip
-
-
-def describe(
-    config: FinetuneConfig,
-    loaded: Checkpoint,
-    taught_by: Checkpoint | None,
-    devices: Sequence[jax.Device],
-) -> dict[str, Any]:
-    """What decides the weights, and what they are computed on."""
-
-    def about(one: Checkpoint) -> dict[str, Any]:
-        return {
-            "name": one.name,
-            "directory": str(one.directory),
-            "commit": one.commit,
-            "sha256": one.sha256(),
-            "notes": list(one.notes),
-        }
-
-    return {
-        "config": dataclasses.asdict(config),
-        "model": about(loaded),
-        "teacher": None if taught_by is None else about(taught_by),
-        "platform": {
-            "backend": devices[0].platform,
-            "device_kind": devices[0].device_kind,
-            "devices": len(devices),
-            **environment.machine(),
-        },
-        "versions": environment.versions(PACKAGES),
-        "steps_done": 0,
-        "epochs": [],
-        "measured": {},
-        "carbon": None,
-        "started": run.now(),
-        "finished": None,
-    }
-
-
-def resumed(output: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a new run, or that of the one in the output if it is the same.
-
-    Raises:
-      UsageError: that is another one; says in what.
-    """
-    path = output / MANIFEST
-    if not path.is_file():
-        return manifest
-    try:
-        before = json.loads(path.read_bytes())
-        found = parts.differences(decides(before), decides(manifest))
-        kept = {
-            name: before[name]
-            for name in ("steps_done", "epochs", "measured", "carbon", "started", "finished")
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged; --restart begins anew") from error
-    if found:
-        raise UsageError(
-            all_problems(
-                f"{output} has another run; choose another directory, or --restart to begin anew",
-                found,
-            )
-        )
-    return manifest | kept
-
-
-def decides(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What of a manifest decides the weights."""
-    config = {name: value for name, value in manifest["config"].items() if name not in LATER}
-    named = {
-        name: None if manifest[name] is None else manifest[name]["sha256"]
-        for name in ("model", "teacher")
-    }
-    told = {name: manifest["data"][name] for name in ("questions_sha256", "questions")}
-    return {"config": config, **named, "data": told, "windows": manifest["windows"]}
-
-
-def write_errors(output: Path, reasons: dict[str, str]) -> None:
-    lines = [json.dumps({"id": name, "reason": why}) + "\n" for name, why in reasons.items()]
-    if lines:
-        files.write_whole(output / ERRORS, "".join(lines).encode())
-    else:
-        (output / ERRORS).unlink(missing_ok=True)
-
-
-# --- the run ---
 
 
 class Saved:
@@ -457,10 +173,11 @@ class Training:
         with (self.work.output / LOG).open("a", encoding="utf-8") as file:
 
             def note() -> None:
-                nonlocal clock
+                nonlocal clock, told
                 if told is None:
                     return
                 number, values, n_windows = told
+                refuse_infinite(float(values.loss), number)
                 line = {
                     "step": number + 1,
                     "epoch": epoch + 1,
@@ -473,19 +190,38 @@ class Training:
                 self.log.append(line)
                 file.write(json.dumps(line) + "\n")
                 file.flush()
+                told = None
                 asked = round(n_windows * self.work.questions_per_window)
                 self.meter.count(asked)
                 self.progress.advance(asked, n_windows, told=f"loss {line['loss']:.3f}")
 
             batches = self.rows.epoch(self.config.seed, epoch, begin - first)
             for number, (chosen, batch) in zip(range(begin, end), batches, strict=False):
-                state, values = self.work.trainer.step(state, batch, number)
+                state, values = self.step(state, batch, number)
                 note()
                 told = number, values, len(chosen)
                 if (number + 1) % self.saved.every == 0:
+                    note()
                     self.keep(state, number + 1)
             note()
         return state
+
+    def step(self, state: State, batch: Batch, number: int) -> tuple[State, Told]:
+        """One step.
+
+        Raises:
+          UsageError: the devices have no memory for it.
+        """
+        try:
+            return self.work.trainer.step(state, batch, number)
+        except RuntimeError as error:
+            if not predict.is_out_of_memory(error):
+                raise
+            n_rows, n_tokens = batch.input_ids.shape
+            raise UsageError(
+                f"the devices have no memory for {n_rows} windows of {n_tokens} tokens; take a "
+                f"smaller --batch-size than {self.config.batch_size}, or more devices"
+            ) from error
 
     def keep(self, state: State, done: int) -> None:
         """Saves a state, and what the energy so far was."""
@@ -564,6 +300,15 @@ class Training:
             for name in (STATE, TEACHER):
                 shutil.rmtree(self.work.output / name, ignore_errors=True)
         return self.manifest
+
+
+def refuse_infinite(loss: float, number: int) -> None:
+    """Raises: ModelRejected: training has gone astray; what was saved before is still there."""
+    if not math.isfinite(loss):
+        raise ModelRejected(
+            f"the loss of step {number + 1} is {loss}; a smaller --learning-rate, or --warmup, may "
+            "keep it finite"
+        )
 
 
 def kept_log(path: Path, done: int) -> list[dict[str, Any]]:

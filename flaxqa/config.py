@@ -36,6 +36,7 @@ class Options:
     Attributes:
       PATHS: fields that are paths.
       COUNTS: fields that are integers of at least 1, or None.
+      SEEDS: fields that are integers of at least 0.
       SHARES: fields that are numbers from 0 to 1, or None.
       POSITIVE: fields that are finite numbers above 0.
       FINITE: fields that are finite numbers, or None.
@@ -43,6 +44,7 @@ class Options:
 
     PATHS: ClassVar[tuple[str, ...]] = ()
     COUNTS: ClassVar[tuple[str, ...]] = ()
+    SEEDS: ClassVar[tuple[str, ...]] = ()
     SHARES: ClassVar[tuple[str, ...]] = ()
     POSITIVE: ClassVar[tuple[str, ...]] = ()
     FINITE: ClassVar[tuple[str, ...]] = ()
@@ -63,6 +65,7 @@ class Options:
                     found.append(f"{name} is {value!r}, it must be {wanted}")
 
         refuse("COUNTS", is_count, "an integer of at least 1")
+        refuse("SEEDS", lambda value: is_count(value) or value == 0, "an integer of at least 0")
         refuse("SHARES", lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
         refuse("POSITIVE", lambda value: is_number(value) and value > 0, "a number above 0")
         refuse("FINITE", is_number, "a finite number")

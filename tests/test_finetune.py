@@ -15,7 +15,7 @@ from conftest import VOCAB, write_config, write_tokenizer
 
 from flaxqa import checkpoint, teacher
 from flaxqa.errors import DataError, ModelRejected, UsageError
-from flaxqa.eval import finetune, questions
+from flaxqa.eval import finetune, preparation, questions
 from flaxqa.eval.config import FinetuneConfig
 from flaxqa.predict import Predictor
 from flaxqa.progress import Silence
@@ -224,6 +224,42 @@ def test_frozen_embeddings_stay_as_they_were(tune, folder):
     assert (kernels[0] != kernels[1]).any()
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_before_such_weights_are_saved(tune):
+    with pytest.raises(ModelRejected, match=r"loss of step \d+ is .*--learning-rate"):
+        tune("astray", learning_rate=1e30, warmup=0.0, save_every=1)
+    _, output = tune("astray", learning_rate=1e30, save_every=1, stop_after=1)
+    assert np.isfinite(np.asarray(checkpoint.load(output).model.qa_outputs.kernel[...])).all()
+
+
+def test_a_lack_of_memory_names_the_batch_size(tune, monkeypatch):
+    def step(*arguments):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    monkeypatch.setattr(finetune.Trainer, "step", step)
+    with pytest.raises(UsageError, match="4 windows of 64 tokens; .* smaller --batch-size than 4"):
+        tune()
+
+
+def test_the_same_files_under_another_name_go_on(tune, folder, data):
+    _, whole = tune("whole")
+    tune(stop_after=3)
+    moved = data.rename(data.with_name("moved.json"))
+    _, output = tune(data=str(moved), model=str(folder.rename(folder.with_name("moved"))))
+    assert weights(output) == weights(whole)
+
+
+def test_energy_is_measured_where_it_is_asked_for(tune):
+    done, output = tune(carbon=True, grid=50.0, stop_after=5)
+    assert done["carbon"]["grid_g_per_kwh"] == 50
+    assert done["carbon"]["kwh"] > 0
+    assert done["carbon"]["questions"] == done["carbon"]["of_questions"] == 20
+    done, _ = tune(carbon=True, grid=50.0)
+    assert len(done["measured"]) == 2
+    assert done["carbon"]["questions"] == done["carbon"]["of_questions"] == 40
+    assert tune("without")[0]["carbon"] is None
+    assert weights(output) == weights(output.parent / "without")
+
+
 # --- base models ---
 
 
@@ -347,7 +383,7 @@ def test_an_answer_that_stands_elsewhere_once_is_found(data):
     data.write_text(
         json.dumps(squad(("0", "who?", right("bob", 2)), ("1", "who?", right("i", 19))))
     )
-    found, reasons = finetune.usable(questions.read(data).questions)
+    found, reasons = preparation.usable(questions.read(data).questions)
     assert [one.starts for one in found] == [(11,), (19,)]
     assert not reasons
 
@@ -371,7 +407,7 @@ def test_questions_without_an_answer_are_learnt_as_such(tune, data):
 @pytest.mark.parametrize(
     ("option", "value"),
     [("epochs", 0), ("batch_size", 0), ("learning_rate", 0.0), ("temperature", -1.0),
-     ("distillation", 1.5), ("warmup", 2.0), ("stop_after", 0), ("max_length", 0)],
+     ("distillation", 1.5), ("warmup", 2.0), ("stop_after", 0), ("max_length", 0), ("seed", -1)],
 )  # fmt: skip
 def test_options_that_cannot_be_are_refused_by_name(tune, option, value):
     with pytest.raises(UsageError, match=option):
