@@ -13,7 +13,7 @@ import torch
 import transformers
 from conftest import VOCAB, write_config, write_tokenizer
 
-from flaxqa import checkpoint, teacher
+from flaxqa import checkpoint, teacher, training
 from flaxqa.errors import DataError, ModelRejected, UsageError
 from flaxqa.eval import finetune, preparation, questions
 from flaxqa.eval.config import FinetuneConfig
@@ -235,7 +235,7 @@ def test_a_lack_of_memory_names_the_batch_size(tune, monkeypatch):
     def step(*arguments):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
-    monkeypatch.setattr(finetune.Trainer, "step", step)
+    monkeypatch.setattr(training.Trainer, "step", step)
     with pytest.raises(UsageError, match="4 windows of 64 tokens; .* smaller --batch-size than 4"):
         tune()
 
