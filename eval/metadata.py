@@ -115,10 +115,9 @@ def of_training(run: Run) -> dict[str, Any]:
         hardware = platform.get("processor") if hardware in (None, "cpu") else hardware
         more = {"training_type": "fine-tuning", "geographical_location": carbon.get("country"),
                 "hardware_used": hardware}  # fmt: skip
+        grams = float(f"{carbon['g_co2e']:.3g}")
         told["co2_eq_emissions"] = {
-            "emissions": float(
-                f"{carbon['g_co2e']:.3g}"
-            ),  # grams: https://huggingface.co/docs/hub/model-cards-co2
+            "emissions": grams,  # the unit: https://huggingface.co/docs/hub/model-cards-co2
             "source": f"{OURS}, measured by {sections.measured_by(carbon)}",
             **{key: value for key, value in more.items() if value is not None},
         }

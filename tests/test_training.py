@@ -96,7 +96,7 @@ def trainer_of(model, recipe, n_devices=1):
     return Trainer(model, recipe, jax.devices()[:n_devices])
 
 
-# Measured: 2e-14 at most, for gradients up to 5.
+# Measured: 3e-15 at most, for gradients up to 0.7.
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
 @pytest.mark.parametrize("teacher", [False, True])
 def test_loss_and_gradients_are_those_of_torch(kind, teacher):
@@ -125,7 +125,7 @@ def test_loss_and_gradients_are_those_of_torch(kind, teacher):
         assert np.abs(ours[name] - tensor.grad.numpy()).max() < 1e-10, name
 
 
-# Measured: 2e-7 after ten steps at a learning rate of 1e-3; torch's clipping adds 1e-6 to the norm.
+# Measured: 4e-10; torch's clipping adds 1e-6 to the norm.
 @pytest.mark.parametrize("frozen", [False, True])
 def test_ten_steps_of_adamw_are_those_of_torch(frozen):
     reference, kind = random_torch_model().double(), "distilbert"
@@ -177,7 +177,7 @@ def steps_on(n_devices, rates, *, n_steps=5, dtype="float32"):
 RATES = Rates(hidden=0.1, attention=0.2, projection=0.1, head=0.3)
 
 
-# Measured: 1e-6, for losses of about 8.
+# Measured: 1e-6, for losses of about 4.
 @pytest.mark.parametrize("n_devices", [2, 4, 8])
 def test_losses_do_not_depend_on_the_number_of_devices(n_devices):
     assert np.abs(steps_on(n_devices, RATES) - steps_on(1, RATES)).max() < 1e-5
@@ -185,7 +185,7 @@ def test_losses_do_not_depend_on_the_number_of_devices(n_devices):
 
 def test_bfloat16_products_follow_float32_and_the_weights_stay_float32():
     exact, rounded = steps_on(1, Rates()), steps_on(1, Rates(), dtype="bfloat16")
-    assert 0 < np.abs(exact - rounded).max() < 0.1
+    assert 0 < np.abs(exact - rounded).max() < 0.03  # measured: 0.004
     recipe = Recipe(steps=10, dtype="bfloat16")
     trainer = trainer_of(model_of(random_torch_model(), "distilbert", "float32"), recipe)
     state, _ = trainer.step(trainer.begin(), batch_of(dtype=np.float32), 0)
