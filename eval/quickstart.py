@@ -442,7 +442,7 @@ VOCAB_SIZE = 1200
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "qa_dropout": 0.0}  # it learns too little
 DEVICES = 2  # simulated on the CPU, each with one core: 1.4 times as fast as one with two
 PARAGRAPHS = 24_000  # seen once, by the checkpoint
-STUDENT_PARAGRAPHS = 4_000
+STUDENT_PARAGRAPHS = 2_000
 SEEDS, STUDENT_T = range(5), 2.776  # Student's t of 4 degrees of freedom, for 95 %
 TRAINING: dict[str, Any] = {"epochs": 1, "batch_size": 32, "learning_rate": 1e-3, "warmup": 0.05,
             "weight_decay": 1e-4, "save_every": 500}  # fmt: skip

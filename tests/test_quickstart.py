@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from conftest import QUICKSTART
@@ -95,8 +96,44 @@ def test_the_vocabulary_is_the_scripts_own(loaded):
     assert quickstart.train_tokenizer().get_vocab() == loaded.tokenizer.get_vocab()
 
 
-def test_a_few_steps_of_training_change_the_weights(tmp_path, loaded):
-    quickstart.train(tmp_path, steps=2, learning_rate=1e-3, devices=1)
-    trained = checkpoint.load(tmp_path / "checkpoint")
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder with three held-out paragraphs and the checkpoint; training takes six paragraphs."""
+    for name in ("PARAGRAPHS", "STUDENT_PARAGRAPHS"):
+        monkeypatch.setattr(quickstart, name, 6)
+    quickstart.write_squad(tmp_path / "heldout.json", "heldout", 3)
+    shutil.copytree(QUICKSTART / "checkpoint", tmp_path / "checkpoint")
+    return tmp_path
+
+
+def test_a_few_steps_of_training_write_a_checkpoint_of_the_same_form(small, loaded):
+    quickstart.train(small, small / "work", devices=1)
+    trained = checkpoint.load(small / "checkpoint")
     assert trained.config == loaded.config
     assert trained.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
+    assert trained.sha256() != loaded.sha256()
+    assert (small / "work" / "run" / "finetune.json").is_file()
+    assert max(path.stat().st_size for path in (small / "checkpoint").iterdir()) <= 2 << 20
+
+
+def test_students_with_and_without_their_teacher_are_compared_by_seed(small, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "SEEDS", range(2))
+    gains = quickstart.distil(small, small / "work")
+    for seed, gain in enumerate(gains):
+        alone, distilled = (
+            json.loads((small / "work" / f"{name}-{seed}" / "finetune.json").read_text())
+            for name in ("alone", "distilled")
+        )
+        assert alone["teacher"] is None
+        assert distilled["teacher"]["sha256"] == checkpoint.load(small / "checkpoint").sha256()
+        for run in (alone, distilled):
+            assert run["config"]["seed"] == seed
+        assert alone["model"]["sha256"] == distilled["model"]["sha256"]
+        last = (run["epochs"][-1]["f1"] for run in (distilled, alone))
+        assert gain["f1"] == pytest.approx(next(last) - next(last))
+    assert (
+        alone["model"]["sha256"]
+        != json.loads((small / "work" / "alone-0" / "finetune.json").read_text())["model"]["sha256"]
+    )
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 * len(gains) + 2
