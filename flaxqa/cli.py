@@ -307,8 +307,8 @@ class Finetune:
     A run that was stopped, even by kill -9, goes on when the same command is given again. Piped,
     the content of finetune.json is printed as one JSON line.
 
-      flaxqa finetune --model distilbert/distilbert-base-uncased --data train-v1.1.json \
-        --heldout dev-v1.1.json --teacher TEACHER --output student
+      flaxqa finetune --model MODEL --data train.json --heldout dev.json --output trained
+      flaxqa finetune --model MODEL --data train.json --teacher TEACHER --output student
     """
 
     config: Named = None
