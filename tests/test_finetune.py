@@ -184,6 +184,15 @@ def test_other_data_are_refused(tune, data):
         tune()
 
 
+def test_other_places_of_the_same_answers_are_refused(tune, data):
+    for start in (8, 19):  # "is" and "i", which begin alike
+        data.write_text(json.dumps(squad(*QAS, ("i", "who is that?", right("i", start)))))
+        if start == 8:
+            tune(stop_after=1)
+    with pytest.raises(UsageError, match="answers_sha256"):
+        tune()
+
+
 def test_a_checkpoint_that_it_did_not_write_is_never_overwritten(tune, folder):
     before = weights(folder)
     for options in ({}, {"restart": True}):
