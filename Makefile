@@ -13,7 +13,7 @@ LOCK := --quiet --universal --python-version 3.11 --no-header --no-emit-index-ur
 help:
 	@echo "make eval    set up and score the quickstart checkpoint on its held-out questions"
 	@echo "make test    set up and run the tests"
-	@echo "make slow    the longest tests: dozens of kills, a fault at every request; 5 minutes"
+	@echo "make slow    the longest tests: dozens of kills, a fault at every request, Ray; 10 minutes"
 	@echo "make bench   set up other engines and measure flaxqa beside them; 20 minutes on 2 cores"
 	@echo "make bench-gpu  the same on this machine's accelerator, beside torch; 8 minutes on an H100"
 	@echo "make precision  what bfloat16 and float8 cost in EM and F1; 8 minutes on 2 cores"

@@ -213,7 +213,7 @@ def read_with_source(
     return data, source
 
 
-def inputs_of(name: str, options: DataOptions, split: str) -> list[Input]:
+def inputs_of(name: str, options: DataOptions, split: str = "validation") -> list[Input]:
     """What a name stands for.
 
     Raises:

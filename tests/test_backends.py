@@ -33,7 +33,13 @@ def load(name, dtype, folder):
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own parts
 @pytest.mark.parametrize("way", ["shipped", "tuned", "whole"])
-@pytest.mark.parametrize("name", [*BACKENDS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "torch.compile" else [])
+        for name in BACKENDS
+    ],
+)
 def test_every_backend_gives_the_logits_of_the_plain_model(tmp_path, windows, wanted, name, way):
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name], reason=f"{PACKAGES[name]} is not installed")

@@ -408,8 +408,9 @@ def test_no_folder_of_anybody_is_in_the_card(evaluated, tmp_path):
     content["example"]["answer"] = "see /home/ada/z, ~/ada/u and C:\\ada\\v but either/or"
     (asked / "probe.json").write_text(json.dumps(content))
     text = made(evaluated / "all", tuned, asked, output=tmp_path / "c.md")
+    without_hashes = re.sub(r"\b[0-9a-f]{64}\b", "", text)
     for word in ("ada", str(tmp_path), str(QUICKSTART)):
-        assert word not in text.replace("Ada live", "")
+        assert word not in without_hashes.replace("Ada live", "")
     assert "see z, u and v but either/or" in text
     assert "--templates t.toml" in text
 

@@ -291,6 +291,7 @@ def test_ray_writes_the_same_bytes(cluster, source, undisturbed, tmp_path, worke
     assert batch.predict(configured(source, tmp_path, engine="ray")).computed == 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_a_worker_of_ray_that_is_killed_is_replaced(
     cluster, long_source, long_undisturbed, tmp_path

@@ -281,6 +281,7 @@ def test_kills_at_any_point_cost_a_shard_at_most(bucket, server, expected):
     assert parts_of(f"{bucket}/out") == expected
 
 
+@pytest.mark.slow
 def test_ray_with_nothing_shared_but_the_bucket(bucket, expected, tmp_path, monkeypatch):
     put_input(bucket)
     for path in MODEL.iterdir():

@@ -178,7 +178,9 @@ RATES = Rates(hidden=0.1, attention=0.2, projection=0.1, head=0.3)
 
 
 # Measured: 1e-6, for losses of about 4.
-@pytest.mark.parametrize("n_devices", [2, 4, 8])
+@pytest.mark.parametrize(
+    "n_devices", [8, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 4))]
+)
 def test_losses_do_not_depend_on_the_number_of_devices(n_devices):
     assert np.abs(steps_on(n_devices, RATES) - steps_on(1, RATES)).max() < 1e-5
 
