@@ -442,7 +442,7 @@ VOCAB_SIZE = 1200
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "qa_dropout": 0.0}  # it learns too little
 DEVICES = 2  # simulated on the CPU, each with one core: 1.4 times as fast as one with two
 PARAGRAPHS = 24_000  # seen once, by the checkpoint
-STUDENT_PARAGRAPHS = 800
+STUDENT_PARAGRAPHS, STUDENT_EPOCHS = 400, 3
 SEEDS, STUDENT_T = range(5), 2.776  # Student's t of 4 degrees of freedom, for 95 %
 TRAINING: dict[str, Any] = {"epochs": 1, "batch_size": 32, "learning_rate": 1e-3, "warmup": 0.05,
             "weight_decay": 1e-4, "save_every": 500}  # fmt: skip
@@ -544,13 +544,14 @@ def distil(folder: Path, work: Path) -> list[dict[str, float]]:
     write_squad(work / "train.json", "train", STUDENT_PARAGRAPHS)
     gains = []
     taught = {"teacher": str(folder / "checkpoint"), "cache_teacher": str(work / "teacher")}
+    given = {"alone": {}, "distilled": taught}
     for seed in SEEDS:
         write_student(work / f"untrained-{seed}", folder / "checkpoint", seed)
-        pair = [
-            fit(work / f"untrained-{seed}", work, f"{name}-{seed}", folder, seed=seed, **given)
-            for name, given in (("alone", {}), ("distilled", taught))
-        ]
-        alone, distilled = (one["epochs"][-1] for one in pair)
+        alone, distilled = (
+            fit(work / f"untrained-{seed}", work, f"{name}-{seed}", folder, seed=seed,
+                epochs=STUDENT_EPOCHS, **options)["epochs"][-1]
+            for name, options in given.items()
+        )  # fmt: skip
         gains.append({name: distilled[name] - alone[name] for name in METRICS})
         for name, metric in METRICS.items():
             print(f"seed {seed}, {metric.label}: {alone[name]:.2f} alone, {distilled[name]:.2f} "
