@@ -62,6 +62,9 @@ def finetune(
         with carbon.Meter(config) as meter:
             work = Work.prepare(config, output, progress)
             meter.covers(work.trainer.devices[0].platform)
+            if work.complete:
+                return work.manifest
+            work.ask_teacher(progress)
             with Saved(output / STATE, config.save_every) as saved:
                 return Training(work, saved, meter, progress).run()
 
@@ -137,16 +140,16 @@ class Training:
         self.last = min(self.config.stop_after or self.steps, self.steps)
         self.rate = work.trainer.recipe.schedule()
         self.log: list[dict[str, Any]] = []
+        self.windows = 0  # that were seen so far
 
     def run(self) -> dict[str, Any]:
         """Goes through the epochs that are left, and writes the checkpoint."""
         trainer, per_epoch = self.work.trainer, self.rows.steps_per_epoch
-        if self.manifest["finished"] and self.manifest["steps_done"] == self.steps:
-            return self.manifest
         state, done = trainer.begin(), self.saved.step
         if done:
             state = jax.device_put(self.saved.restore(state), trainer.everywhere)
         self.log = kept_log(self.work.output / LOG, done)
+        self.windows = sum(line["windows"] for line in self.log)
         self.show(done)
         while done < self.last:
             epoch = done // per_epoch
@@ -159,10 +162,15 @@ class Training:
             self.conclude(state, done)  # it was stopped between the two
         return self.finish(state, done)
 
+    @property
+    def questions(self) -> int:
+        """How many were seen so far, once for each epoch."""
+        return round(self.windows * self.work.questions_per_window)
+
     def show(self, done: int) -> None:
         """Begins the bar: questions of all epochs, and those that are done."""
-        total = self.rows.steps_per_epoch * self.config.epochs
-        share = self.work.questions_per_window * len(self.rows.windows) * self.config.epochs / total
+        total = self.work.questions_per_window * len(self.rows.windows) * self.config.epochs
+        share = total / self.steps
         self.progress.begin(round(share * self.last), round(share * done), "training on")
 
     def through(self, state: State, epoch: int, begin: int, end: int) -> State:
@@ -187,11 +195,13 @@ class Training:
                 }
                 now = time.perf_counter()
                 line["seconds"], clock = now - clock, now
+                before = self.questions
                 self.log.append(line)
+                self.windows += n_windows
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 told = None
-                asked = round(n_windows * self.work.questions_per_window)
+                asked = self.questions - before
                 self.meter.count(asked)
                 self.progress.advance(asked, n_windows, told=f"loss {line['loss']:.3f}")
 
@@ -292,8 +302,7 @@ class Training:
         if (record := self.meter.stop()) is not None:
             self.manifest["measured"][self.meter.session] = record
         if measured := [*self.manifest["measured"].values()]:
-            seen = round(self.rows.batch_size * done * self.work.questions_per_window)
-            self.manifest["carbon"] = carbon.result(measured, seen)
+            self.manifest["carbon"] = carbon.result(measured, self.questions)
         self.write_manifest()
         if done == self.steps:
             self.saved.manager.wait_until_finished()

@@ -49,6 +49,7 @@ class Work:
       config: what was asked.
       output: where results go.
       loaded: the checkpoint where training begins, in float32.
+      taught_by: the teacher, or None.
       trainer: the steps.
       rows: the windows.
       heldout: the questions that score each epoch and where they are from, or None.
@@ -59,6 +60,7 @@ class Work:
     config: FinetuneConfig
     output: Path
     loaded: Checkpoint
+    taught_by: Checkpoint | None
     trainer: Trainer
     rows: Rows
     heldout: tuple[Data, dict[str, Any]] | None
@@ -89,8 +91,17 @@ class Work:
             teacher.check(taught_by, loaded)
         progress.stage("cutting windows")
         asked, reasons = usable(data.questions[: config.limit])
-        windows, answers = windows_of(config, loaded, asked)
-        max_length, doc_stride = features.sizes(config, loaded.config.max_position_embeddings)
+        max_length, doc_stride = features.window_sizes(
+            config, loaded.config.max_position_embeddings
+        )
+        windows = features.make(
+            asked,
+            loaded.tokenizer,
+            max_length=max_length,
+            doc_stride=doc_stride,
+            windows=config.windows,
+        )
+        answers = training.positions(windows, [span_of(one) for one in asked])
         rows = Rows(windows, answers, config.batch_size, len(devices), max_length)
         manifest = describe(config, loaded, taught_by, devices) | {
             "data": {
@@ -99,32 +110,33 @@ class Work:
                 "set_aside": len(reasons),
                 "questions_sha256": questions.sha256(asked),
             },
-            "windows": {
-                "max_length": max_length,
-                "doc_stride": doc_stride,
-                "kind": config.windows,
-                "total": len(windows),
-                "without_answer": int((answers[:, 0] == 0).sum()),
-                "answers_sha256": hashlib.sha256(answers.tobytes()).hexdigest(),
-            },
+            "windows": describe_windows(rows, doc_stride, config.windows),
             "steps": rows.steps_per_epoch * config.epochs,
         }
         manifest = resumed(output, manifest)
         files.write_whole(output / MANIFEST, run.as_json(manifest))
-        write_errors(output, reasons)
-        if taught_by is not None:
-            rows = dataclasses.replace(
-                rows, teacher=teacher_logits(config, output, taught_by, rows, progress)
-            )
+        run.write_or_remove(output / ERRORS, run.as_errors(reasons))
         trainer = Trainer(
             loaded.model,
             recipe_of(config, loaded, rows),
             devices,
             matmul_precision=config.matmul_precision,
         )
-        return cls(
-            config, output, loaded, trainer, rows, heldout, len(asked) / len(windows), manifest
+        share = len(asked) / len(windows)
+        return cls(config, output, loaded, taught_by, trainer, rows, heldout, share, manifest)
+
+    @property
+    def complete(self) -> bool:
+        """Whether an earlier run has done it all."""
+        return bool(self.manifest["finished"]) and (
+            self.manifest["steps_done"] == self.manifest["steps"]
         )
+
+    def ask_teacher(self, progress: Progress) -> None:
+        """Gives the rows what the teacher, if there is one, says of them."""
+        if self.taught_by is not None:
+            found = teacher_logits(self.config, self.output, self.taught_by, self.rows, progress)
+            self.rows = dataclasses.replace(self.rows, teacher=found)
 
 
 def usable(asked: Sequence[SquadExample]) -> tuple[list[SquadExample], dict[str, str]]:
@@ -161,23 +173,11 @@ def usable(asked: Sequence[SquadExample]) -> tuple[list[SquadExample], dict[str,
     return found, reasons
 
 
-def windows_of(
-    config: FinetuneConfig, loaded: Checkpoint, asked: Sequence[SquadExample]
-) -> tuple[features.Windows, np.ndarray]:
-    """The windows of all questions, and where the answer is in each; see `training.positions`."""
-    max_length, doc_stride = features.sizes(config, loaded.config.max_position_embeddings)
-    windows = features.make(
-        asked,
-        loaded.tokenizer,
-        max_length=max_length,
-        doc_stride=doc_stride,
-        windows=config.windows,
-    )
-    spans: list[Span | None] = [
-        (one.starts[0], one.starts[0] + len(one.answers[0])) if one.answers else None
-        for one in asked
-    ]
-    return windows, training.positions(windows, spans)
+def span_of(question: SquadExample) -> Span | None:
+    """The characters of the answer to a question that can be learnt from."""
+    if not question.answers:
+        return None
+    return question.starts[0], question.starts[0] + len(question.answers[0])
 
 
 def recipe_of(config: FinetuneConfig, loaded: Checkpoint, rows: Rows) -> Recipe:
@@ -231,19 +231,10 @@ def describe(
 ) -> dict[str, Any]:
     """What decides the weights, and what they are computed on."""
 
-    def about(one: Checkpoint) -> dict[str, Any]:
-        return {
-            "name": one.name,
-            "directory": str(one.directory),
-            "commit": one.commit,
-            "sha256": one.sha256(),
-            "notes": list(one.notes),
-        }
-
     return {
         "config": dataclasses.asdict(config),
-        "model": about(loaded),
-        "teacher": None if taught_by is None else about(taught_by),
+        "model": run.describe_checkpoint(loaded),
+        "teacher": None if taught_by is None else run.describe_checkpoint(taught_by),
         "platform": {
             "backend": devices[0].platform,
             "device_kind": devices[0].device_kind,
@@ -257,6 +248,18 @@ def describe(
         "carbon": None,
         "started": run.now(),
         "finished": None,
+    }
+
+
+def describe_windows(rows: Rows, doc_stride: int, kind: str) -> dict[str, Any]:
+    """How contexts were cut, and where the answers are."""
+    return {
+        "max_length": rows.longest,
+        "doc_stride": doc_stride,
+        "kind": kind,
+        "total": len(rows.windows),
+        "without_answer": int((rows.answers[:, 0] == 0).sum()),
+        "answers_sha256": hashlib.sha256(rows.answers.tobytes()).hexdigest(),
     }
 
 
@@ -297,11 +300,3 @@ def decides(manifest: dict[str, Any]) -> dict[str, Any]:
     }
     told = {name: manifest["data"][name] for name in ("questions_sha256", "questions")}
     return {"config": config, **named, "data": told, "windows": manifest["windows"]}
-
-
-def write_errors(output: Path, reasons: dict[str, str]) -> None:
-    lines = [json.dumps({"id": name, "reason": why}) + "\n" for name, why in reasons.items()]
-    if lines:
-        files.write_whole(output / ERRORS, "".join(lines).encode())
-    else:
-        (output / ERRORS).unlink(missing_ok=True)

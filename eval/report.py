@@ -7,15 +7,16 @@ of the reader's light or dark scheme. All text from data is escaped.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flaxqa import carbon, files
-from flaxqa.errors import DataError, UsageError
+from flaxqa.errors import DataError
 
 from .plots import NOTHING, bars, lines, number, plots
+from .runs import Kind, read_json
+from .runs import read as read_runs
 from .squad import METRICS
 
 SHOWN = 50  # disagreements
@@ -27,6 +28,10 @@ POINTS = 100  # of a curve of losses: each the mean of a stretch of steps
 
 
 # --- reading ---
+
+FIELDS: dict[Kind, str] = {
+    "compare": "comparison", "eval": "metrics", "probe": "probe", "finetune": "training",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,33 +62,18 @@ def read(directory: str | Path) -> Run:
       UsageError: it has none.
       DataError: a file is damaged.
     """
-    directory = files.local(directory)
-
-    def content(name: str, parse: Callable[[bytes], Any] = json.loads) -> Any:
-        try:
-            return parse((directory / name).read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{directory / name} is not JSON: {error}") from error
-        except OSError as error:
-            raise DataError(f"{directory / name} cannot be read: {error.strerror}") from error
-
-    found = {}
-    if (directory / "comparison.json").is_file():
-        found["comparison"] = content("comparison.json")
-    elif (directory / "metrics.json").is_file():
-        found |= {"metrics": content("metrics.json"), "run": content("run.json")}
-    if (directory / "probe.json").is_file():
-        found["probe"] = content("probe.json")
-    if (directory / "finetune.json").is_file():
-        log = content("log.jsonl", lambda text: [*map(json.loads, text.splitlines())])
-        found["training"] = {**content("finetune.json"), "log": log}
-    if found:
-        return Run(directory.name, **found)
-    if not directory.is_dir():
-        raise UsageError(f"{directory} is {'no directory' if directory.exists() else 'missing'}")
-    raise UsageError(
-        f"{directory} has none of comparison.json, metrics.json, probe.json and finetune.json"
-    )
+    there = {one.kind: one for one in read_runs(directory)}
+    found: dict[str, Any] = {
+        field: there[kind].content for kind, field in FIELDS.items() if kind in there
+    }
+    if "comparison" in found:
+        found.pop("metrics", None)
+    if "metrics" in found:
+        found["run"] = there["eval"].about
+    if "training" in found:
+        log = read_json(there["finetune"].directory / "log.jsonl", lines=True)
+        found["training"] = {**found["training"], "log": log}
+    return Run(files.local(directory).name, **found)
 
 
 # --- numbers as text ---

@@ -20,12 +20,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flaxqa import answers, carbon, features, files, reader, stores
 from flaxqa.answers import Answer, Answers
+from flaxqa.checkpoint import Checkpoint
 from flaxqa.config import ModelOptions, ReaderOptions
 from flaxqa.errors import TryAgain
 from flaxqa.profile import Profile
@@ -130,18 +131,29 @@ def describe(
     }
 
 
+def describe_checkpoint(loaded: Checkpoint) -> dict[str, Any]:
+    """Which files its weights and tokenizer are."""
+    return {
+        "directory": str(loaded.directory),
+        "commit": loaded.commit,
+        "sha256": loaded.sha256(),
+        "ignored_tensors": dict(loaded.ignored),
+        "notes": list(loaded.notes),
+    }
+
+
+def as_errors(reasons: Mapping[str, str]) -> bytes | None:
+    """The content of errors.jsonl: each id with why its question was set aside; None of none."""
+    lines = (json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in reasons.items())
+    return "".join(lines).encode() or None
+
+
 def describe_reader(config: ReaderOptions, loaded: Reader) -> dict[str, Any]:
     """The part of it that any run of a reader has."""
     checkpoint, predictor = loaded.checkpoint, loaded.predictor
     return {
         "config": dataclasses.asdict(config),
-        "model": {
-            "directory": str(checkpoint.directory),
-            "commit": checkpoint.commit,
-            "sha256": checkpoint.sha256(),
-            "ignored_tensors": dict(checkpoint.ignored),
-            "notes": list(checkpoint.notes),
-        },
+        "model": describe_checkpoint(checkpoint),
         "windows": {
             "max_length": loaded.max_length,
             "doc_stride": loaded.doc_stride,
@@ -372,26 +384,31 @@ def write(
         question.id: row for question, row in zip(asked, rows, strict=True) if row.error is None
     }
     nbest = {example_id: n_best(row) for example_id, row in answered.items()}
-    errors = [
-        {"id": question.id, "reason": row.error}
+    reasons = {
+        question.id: row.error
         for question, row in zip(asked, rows, strict=True)
         if row.error is not None
-    ]
+    }
     files.write_whole(output / "predictions.json", as_json(predictions))
     files.write_whole(output / "nbest_predictions.json", as_json(nbest))
     table = parquet(asked, rows, predictions, scores)
     files.write_whole(output / "per_example.parquet", table)
     optional = {
         "null_odds.json": as_json(null_odds(asked, rows)) if data.v2 else None,
-        "errors.jsonl": "".join(json.dumps(error) + "\n" for error in errors).encode() or None,
+        "errors.jsonl": as_errors(reasons),
     }
     for name, content in optional.items():
-        if content is not None:
-            files.write_whole(output / name, content)
-        else:
-            (output / name).unlink(missing_ok=True)
+        write_or_remove(output / name, content)
     files.write_whole(output / "metrics.json", as_json(metrics))
     files.write_whole(output / "run.json", as_json(run))
+
+
+def write_or_remove(path: Path, content: bytes | None) -> None:
+    """Writes a file that only some runs have, or removes that of an earlier run."""
+    if content is None:
+        path.unlink(missing_ok=True)
+    else:
+        files.write_whole(path, content)
 
 
 def n_best(row: Answers) -> list[dict[str, Any]]:

@@ -139,14 +139,16 @@ def read(directory: str | Path) -> list[Run]:
     raise UsageError(f"{directory} has none of {', '.join(FILES.values())}")
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path, *, lines: bool = False) -> Any:
+    """What a file has: a JSON object, or one on each line."""
     try:
-        content = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        content = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    if not isinstance(content, dict):
+    if not all(isinstance(one, dict) for one in (content if lines else [content])):
         raise DataError(f"{path} is no JSON object")
     return content
 

@@ -151,7 +151,7 @@ class Windows(Sequence[Feature]):
         )
 
 
-def sizes(options: WindowOptions, positions: int) -> tuple[int, int]:
+def window_sizes(options: WindowOptions, positions: int) -> tuple[int, int]:
     """The `max_length` and `doc_stride` of a checkpoint with so many positions.
 
     Raises:

@@ -188,7 +188,7 @@ class Reader:
         self.token = uuid.uuid4().hex
         READERS[self.token] = self
         self.checkpoint, self.windows = loaded, chosen.windows
-        self.max_length, self.doc_stride = features.sizes(
+        self.max_length, self.doc_stride = features.window_sizes(
             chosen, loaded.config.max_position_embeddings
         )
         self.predictor = predict.Predictor(

@@ -226,7 +226,7 @@ def test_runs_of_eval_come_in_a_table_and_in_plots(tmp_path, content, capsys):
 
 
 def test_a_directory_without_results_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"none of comparison\.json, metrics\.json"):
+    with pytest.raises(UsageError, match=r"none of metrics\.json, .*comparison\.json"):
         report.read(tmp_path)
     (tmp_path / "comparison.json").write_text("{")
     with pytest.raises(DataError, match=r"comparison.json is not JSON"):
@@ -243,7 +243,7 @@ def change_of(**parts):
         change_of(backends=None), change_of(backends=[{}]), change_of(backends=["jax"]),
         change_of(disagreements=5), change_of(disagreements=[{"answers": []}]),
         change_of(groups=[1]), change_of(machine=None),
-        lambda content: [], lambda content: "a run", lambda content: {},
+        lambda content: {},
     ],
 )  # fmt: skip
 def test_a_damaged_comparison_is_named(tmp_path, content, change):
@@ -254,6 +254,13 @@ def test_a_damaged_comparison_is_named(tmp_path, content, change):
     with pytest.raises(DataError, match="the results in bad are damaged"):
         report.write(runs, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("content", [[], "a run", None, 5])
+def test_results_that_are_no_object_are_named(tmp_path, content):
+    (tmp_path / "comparison.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"comparison\.json is no JSON object"):
+        report.read(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "\\xff", '{"a": '])
