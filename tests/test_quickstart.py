@@ -118,6 +118,7 @@ def test_a_few_steps_of_training_write_a_checkpoint_of_the_same_form(small, load
 
 def test_students_with_and_without_their_teacher_are_compared_by_seed(small, monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "SEEDS", range(2))
+    monkeypatch.setattr(quickstart, "STUDENT_EPOCHS", 1)
     gains = quickstart.distil(small, small / "work")
     for seed, gain in enumerate(gains):
         alone, distilled = (
