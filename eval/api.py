@@ -20,7 +20,7 @@ from flaxqa.config import takes
 from flaxqa.progress import Silence, TerminalProgress
 from flaxqa.records import Columns
 
-from . import questions, report
+from . import questions, report, summaries
 from .config import CompareConfig, EvalConfig
 from .squad import METRICS
 
@@ -84,10 +84,10 @@ class Comparison:
         return pandas.DataFrame([numbers_of(row) for row in self.content["backends"]])
 
     def __repr__(self) -> str:
-        return "<Comparison: " + " ".join(report.summary(self.content)) + ">"
+        return "<Comparison: " + " ".join(summaries.summary(self.content)) + ">"
 
     def _repr_html_(self) -> str:
-        return show.html_table(*report.table(self.content))
+        return show.html_table(*summaries.table(self.content))
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from flaxqa.config import Options
 
-from . import report
+from . import summaries
 from .plots import NOTHING, number
 from .runs import DataSet, Run, last_part
 from .squad import METRICS
@@ -155,14 +155,14 @@ def comparison(runs: Sequence[Run], name: str) -> str:
                 if name not in ("groups", "disagreements")}  # fmt: skip
         kept["data"] = {**kept["data"], "name": run.data.name}
         kept["model"] = {**kept["model"], "name": name}
-        parts.append(report.markdown(escaped(kept)).strip())
+        parts.append(summaries.markdown(escaped(kept)).strip())
         if kept["questions"] < kept["data"]["questions"]:
             parts.append(f"EM and F1 are here of these {kept['questions']:,} questions alone.")
     return "## Comparison of backends\n\n" + "\n\n".join(parts)
 
 
 def escaped(value: Any) -> Any:
-    """The same with all text made harmless; `report.markdown` escapes the bars itself."""
+    """The same with all text made harmless; `summaries.markdown` escapes the bars itself."""
     if isinstance(value, Mapping):
         return {key: escaped(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -295,7 +295,7 @@ def carbon(runs: Sequence[Run]) -> str:
 def carbon_told(used: Mapping[str, Any]) -> str:
     """How a run's energy was measured, a sentence."""
     by = measured_by(used)
-    said = f"took {report.took(used.get('seconds'))}"
+    said = f"took {summaries.took(used.get('seconds'))}"
     if (hosts := used.get("hosts") or 1) > 1:
         said += f" on {hosts:,} machines"
     said += f"; energy by {plain(by)}" if by else ""

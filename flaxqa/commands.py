@@ -120,18 +120,16 @@ def needs(what: str, *packages: str) -> None:
 
 def compare(config: CompareConfig | BenchConfig) -> int:
     needs("the report", "jinja2", "matplotlib")
-    from flaxqa.eval import compare, report
+    from flaxqa.eval import compare, report, summaries
     from flaxqa.progress import TerminalProgress
 
     with TerminalProgress() as progress:
         found = compare.compare(config, progress)
     output = Path(config.output)
     report.write([report.read(output)], output / "report.html")
-    files.write_whole(output / "summary.md", report.markdown(found).encode())
-    told = (
-        report.markdown(found) if sys.stdout.isatty() else json.dumps(compare.compact(found)) + "\n"
-    )
-    print(told, end="")
+    told = summaries.markdown(found)
+    files.write_whole(output / "summary.md", told.encode())
+    print(told if sys.stdout.isatty() else json.dumps(compare.compact(found)) + "\n", end="")
     print(f"flaxqa: {output / 'report.html'}", file=sys.stderr)
     verdicts = [row.get("verdict") for row in found["backends"]]
     failed = any(row.get("failed") for row in found["backends"])
@@ -150,12 +148,12 @@ def write_report(command: Report) -> int:
 
 
 def probe(config: ProbeConfig) -> int:
-    from flaxqa.eval import probe, report
+    from flaxqa.eval import probe, probed, report
     from flaxqa.progress import TerminalProgress
 
     with TerminalProgress() as progress:
         found = probe.probe(config, progress)
-    print("\n".join(report.probe_summary(found)), file=sys.stderr)
+    print("\n".join(probed.probe_summary(found)), file=sys.stderr)
     page = Path(config.output) / "probe.html"
     told = missing("the page", "jinja2")
     if told is None:

@@ -22,7 +22,7 @@ import flaxqa
 from flaxqa import batch, carbon, cli, parts, stores
 from flaxqa.config import CarbonOptions, PredictConfig
 from flaxqa.errors import UsageError
-from flaxqa.eval import api, compare, report, run
+from flaxqa.eval import api, compare, plots, report, run, summaries
 from flaxqa.eval.config import CompareConfig, EvalConfig
 
 MODEL, HELDOUT = str(QUICKSTART / "checkpoint"), str(QUICKSTART / "heldout.json")
@@ -561,10 +561,10 @@ def test_a_comparison_has_the_energy_of_all_and_of_each_backends_rounds(
     assert len(queries) == 2  # rounds, of 3 Wh each
     assert offline["kwh_per_1000_questions"] == pytest.approx(kwh)
     assert offline["g_co2e_per_1000_questions"] == pytest.approx(100 * kwh)
-    head, rows = report.table(content)
+    head, rows = summaries.table(content)
     place = head.index("Wh/1,000, tuned")
-    assert rows[0][place] == report.number(1000 * kwh)
-    assert any(text.startswith("energy 3 Wh") for text in report.summary(content))
+    assert rows[0][place] == plots.number(1000 * kwh)
+    assert any(text.startswith("energy 3 Wh") for text in summaries.summary(content))
     assert "energy 3 Wh" in report.page([report.read(tmp_path)])
     frame = api.Comparison(content).to_pandas()
     assert frame["tuned_kwh_per_1000_questions"].notna().all()

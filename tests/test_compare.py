@@ -8,7 +8,7 @@ from conftest import QUICKSTART
 
 from flaxqa import cli
 from flaxqa.errors import UsageError
-from flaxqa.eval import backends, compare, report, results, runner
+from flaxqa.eval import backends, compare, report, results, runner, summaries
 from flaxqa.eval import questions as dataset
 from flaxqa.eval.config import BenchConfig, CompareConfig
 from flaxqa.features import Feature
@@ -450,6 +450,6 @@ def test_start_and_step_are_measured_of_those_that_have_them(tmp_path):
     assert 0 < ours["step"]["share_of_products"] < 3
     assert ours["offline"]["streamed"]["questions_per_second"] > 0
     assert "streamed" not in plain["offline"]
-    head, (mine, _) = report.table({"backends": [ours, plain]})
+    head, (mine, _) = summaries.table({"backends": [ours, plain]})
     assert mine[head.index("start cold")].endswith("s")
     assert "%" in mine[head.index("step TFLOP/s")]

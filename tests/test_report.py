@@ -12,7 +12,7 @@ from conftest import QUICKSTART
 
 from flaxqa import cli
 from flaxqa.errors import DataError, UsageError
-from flaxqa.eval import plots, report, squad
+from flaxqa.eval import plots, report, squad, summaries
 
 EVIL = '<script>alert("x")</script> & <b>'
 
@@ -76,17 +76,17 @@ def content():
 
 
 def test_the_table_says_where_each_computes_if_that_differs(content):
-    head, rows = report.table(content)
+    head, rows = summaries.table(content)
     assert "on" not in head
     assert rows[0][head.index("useful TFLOP/s, tuned")] == "0.42 (84%)"
     content["device"], content["device_name"] = "gpu", "an H100"
     content["backends"][0] |= {"device": "an H100", "device_memory_bytes": 2**30}
-    head, rows = report.table(content)
+    head, rows = summaries.table(content)
     places, memory = ([row[head.index(name)] for row in rows] for name in ("on", "device memory"))
     assert places == ["an H100", "cpu", "cpu", "\u2013"]
     assert memory == ["1,024 MiB", "\u2013", "\u2013", ""]
     assert all(len(row) == len(head) for row in rows)
-    said = report.summary(content)
+    said = summaries.summary(content)
     assert said[0].endswith("with an H100.")
     assert any("Fastest in float32 on an H100 is jax" in sentence for sentence in said)
     assert any("Fastest in float32 on cpu is torch" in sentence for sentence in said)
@@ -124,15 +124,15 @@ class Reader(html.parser.HTMLParser):
 
 
 def test_a_column_without_a_place_comes_last(content, monkeypatch):
-    monkeypatch.setattr(report, "COLUMNS", [name for name in report.COLUMNS if name != "EM"])
-    assert report.table(content)[0][-1] == "EM"
+    monkeypatch.setattr(summaries, "COLUMNS", [name for name in summaries.COLUMNS if name != "EM"])
+    assert summaries.table(content)[0][-1] == "EM"
 
 
 def test_a_new_metric_is_in_the_table_by_its_label(content, monkeypatch):
     monkeypatch.setitem(squad.METRICS, "words", squad.Metric("Words", "words", len, float))
-    for row in report.there(content):
+    for row in summaries.there(content):
         row["scores"]["words"] = {"value": 12.5}
-    head, rows = report.table(content)
+    head, rows = summaries.table(content)
     assert rows[0][head.index("Words")] == "12.50"
 
 
@@ -166,7 +166,7 @@ def test_plots_are_there_in_the_colours_of_the_page(page):
 
 
 def test_the_summary_says_what_matters(content):
-    said = report.summary(content)
+    said = summaries.summary(content)
     assert said[0].startswith("3 of 4 backends were measured on 1,200 questions of ")
     assert "differ by at most 3.0e-05; 100.00%" in said[1]
     assert said[2] == "Fastest in float32 is jax with 100 questions/s, 2.00 times torch."
@@ -184,14 +184,14 @@ def test_answers_are_marked_in_their_context(page):
 
 
 def test_an_answer_that_is_not_in_the_context_marks_nothing():
-    assert report.excerpt("a b c", ["x", ""]) == [("a b c", False)]
-    assert report.excerpt("a b c", ["b"]) == [("a ", False), ("b", True), (" c", False)]
-    assert report.excerpt("a b c", ["a b", "b c"]) == [("a b c", True)]
+    assert summaries.excerpt("a b c", ["x", ""]) == [("a b c", False)]
+    assert summaries.excerpt("a b c", ["b"]) == [("a ", False), ("b", True), (" c", False)]
+    assert summaries.excerpt("a b c", ["a b", "b c"]) == [("a b c", True)]
 
 
 def test_markdown_has_a_row_for_each_backend(content):
     content["backends"][2]["name"] = "a|b"
-    lines = report.markdown(content).splitlines()
+    lines = summaries.markdown(content).splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert len(rows) == 2 + 4
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1

@@ -1,0 +1,237 @@
+"""What a comparison of backends says: sentences, its table, and where they disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flaxqa import carbon
+
+from .plots import NOTHING, number
+from .squad import METRICS
+
+SHOWN = 50  # disagreements
+MINUS = "\u2212"
+LONGEST = 1_000  # characters of a text
+AROUND = 160  # characters on both sides of an answer
+
+
+# --- numbers as text ---
+
+
+def took(seconds: float | None) -> str:
+    if seconds is None:
+        return NOTHING
+    return f"{number(seconds)} s" if seconds >= 1 else f"{number(1_000 * seconds)} ms"
+
+
+def mebibytes(size: int | None) -> str:
+    return NOTHING if size is None else f"{size / 2**20:,.0f} MiB"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def interval(low: float, high: float) -> str:
+    return f"{signed(low)} to {signed(high)}"
+
+
+# --- what a comparison says in words ---
+
+
+def there(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The backends that were measured."""
+    return [row for row in content["backends"] if "absent" not in row]
+
+
+def speed(row: Mapping[str, Any]) -> float:
+    """Questions a second, offline, in the way that is the fastest for it; 0 without any."""
+    return max((float(one["questions_per_second"]) for one in row["offline"].values()), default=0.0)
+
+
+def summary(content: Mapping[str, Any]) -> list[str]:
+    """What one would say of it, a sentence each."""
+    rows = there(content)
+    valid = [row for row in rows if row["verdict"] == "VALID"]
+    exact = [row for row in rows if row["dtype"] == "float32"]
+    said = [
+        f"{len(rows)} of {len(content['backends'])} backends were measured on "
+        f"{content['questions']:,} questions of {content['data']['name']} with "
+        f"{content['model']['name']}, on {content['machine']['cpus']} CPUs of "
+        f"{content['machine']['processor']}"
+        f"{'' if content['device'] == 'cpu' else ' with ' + content['device_name']}."
+    ]
+    if differ := content["float32_logit_differences"]:
+        largest = max(differ.values())
+        same = min(row["parity"]["same_answers"] for row in exact)
+        said.append(
+            f"In float32 the logits of any two backends differ by at most {number(largest)}; "
+            f"{same:.2%} of the answers or more are those of {content['reference']}."
+        )
+    fastest = sorted((row for row in valid if speed(row)), key=speed, reverse=True)
+    for dtype, device in dict.fromkeys((row["dtype"], row["device"]) for row in fastest):
+        ranked = [row for row in fastest if (row["dtype"], row["device"]) == (dtype, device)]
+        on = "" if content["device"] == "cpu" else f" on {device}"
+        text = f"Fastest in {dtype}{on} is {ranked[0]['backend']}"
+        text += f" with {number(speed(ranked[0]))} questions/s"
+        if len(ranked) > 1:
+            ratio = speed(ranked[0]) / speed(ranked[1])
+            text += f", {ratio:.2f} times {ranked[1]['backend']}"
+        said.append(text + ".")
+    quick = [row for row in valid if row["single"]]
+    if quick:
+        best = min(quick, key=lambda row: row["single"]["p99"])
+        said.append(
+            f"One question at a time, {best['name']} answers 99 of 100 within "
+            f"{took(best['single']['p99'])}."
+        )
+    said += [f"{carbon.told(one)}." for one in [content.get("carbon")] if one]
+    for row in rows:
+        said += [f"{row['name']} is INVALID: {reason}." for reason in row.get("reasons", ())]
+    for row in content["backends"]:
+        if "absent" in row:
+            said.append(f"{row['name']} was not measured: {row['absent']}.")
+    return said
+
+
+Cells = list[tuple[str, str]]  # the column and what stands there
+
+
+def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The main table: its head and its rows, as text; a column where any backend has something."""
+    # Where each computes is said if not all do so on the processor.
+    placed = any(row["device"] != "cpu" for row in there(content))
+    measured = [(row, None if "absent" in row else dict(cells(row, placed)))
+                for row in content["backends"]]  # fmt: skip
+    longest = max((list(each) for _, each in measured if each), key=len, default=["backend"])
+    head = list(dict.fromkeys([*longest, *(name for _, each in measured for name in each or ())]))
+    order = {name: place for place, name in enumerate(COLUMNS)}
+    head.sort(key=lambda name: order.get(name.partition(",")[0], len(order)))
+    rows = []
+    for row, each in measured:
+        if each is None:
+            each = {"backend": row["name"], "on": NOTHING, "verdict": "absent"}
+            rows.append([each.get(name, "") for name in head])
+        else:
+            rows.append([each.get(name, NOTHING) for name in head])
+    return head, rows
+
+
+COLUMNS = (
+    "backend", "on", "verdict", *(one.label for one in METRICS.values()), "questions/s",
+    "useful TFLOP/s", "Wh/1,000", "host", "step TFLOP/s", "start cold", "start", "p50", "p99",
+    "served/s", "same answers", "logits apart", f"F1 {MINUS} reference", "load", "first call",
+    "memory", "device memory",
+)  # fmt: skip
+
+
+def cells(row: Mapping[str, Any], placed: bool) -> Cells:
+    """What the table says of a backend that was measured."""
+    f1 = row["scores"]["f1"]
+    found: Cells = [("backend", row["name"]), *([("on", row["device"])] if placed else []),
+                    ("verdict", row["verdict"])]  # fmt: skip
+    found += [(METRICS[name].label, f"{one['value']:.2f}") for name, one in row["scores"].items()]
+    for way, one in row["offline"].items():
+        spread = f"{number(one['lowest'])} to {number(one['highest'])}"
+        found.append((f"questions/s, {way}", f"{number(one['questions_per_second'])} ({spread})"))
+        found.append((f"useful TFLOP/s, {way}", useful(one)))
+        if "kwh_per_1000_questions" in one:
+            found.append((f"Wh/1,000, {way}", number(1_000 * one["kwh_per_1000_questions"])))
+        if one["host_share"] is not None:
+            found.append((f"host, {way}", f"{one['host_share']:.1%}"))
+    if row["step"] is not None:
+        found.append(("step TFLOP/s", useful(row["step"])))
+    for caches, name in (("empty", "start cold"), ("full", "start")):
+        if caches in row["starts"]:
+            found.append((name, took(row["starts"][caches]["seconds"])))
+    if row["single"]:
+        found += [(name, took(row["single"][name])) for name in ("p50", "p99")]
+    if row["server"]:
+        found.append(("served/s", number(row["server"]["rate"])))
+    found += [
+        ("same answers", f"{row['parity']['same_answers']:.2%}"),
+        ("logits apart", number(row["parity"]["largest"])),
+        (f"F1 {MINUS} reference",
+         f"{signed(f1['difference'])} ({interval(*f1['difference_interval'])})"),
+        ("load", took(row["load_seconds"])),
+        ("first call", took(row["first_call_seconds"])),
+        ("memory", mebibytes(row["peak_memory_bytes"])),
+    ]  # fmt: skip
+    if placed:
+        found.append(("device memory", mebibytes(row["device_memory_bytes"])))
+    return found
+
+
+def useful(offline: Mapping[str, Any]) -> str:
+    """The rate of multiplications and additions that answers need, and its share of a product's."""
+    share = offline["share_of_products"]
+    rate = number(offline["useful_flops_per_second"] / 1e12)
+    return rate if share is None else f"{rate} ({share:.0%})"
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """A summary for a README."""
+    head, rows = table(content)
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    said = "\n".join(f"- {sentence}" for sentence in summary(content))
+    lines = [line(head), "|" + "---|" * len(head), *(line(row) for row in rows)]
+    return said + "\n\n" + "\n".join(lines) + "\n"
+
+
+# --- texts of the data ---
+
+
+def excerpt(context: str, answers: Sequence[str]) -> list[tuple[str, bool]]:
+    """The part of a context around an answer, in pieces; of each whether it is an answer."""
+    found = [(at, text) for text in answers if text and (at := context.find(text)) >= 0]
+    if not found:
+        return [(context[: 2 * AROUND] + (" …" if len(context) > 2 * AROUND else ""), False)]
+    first, last = min(at for at, _ in found), max(at + len(text) for at, text in found)
+    begin, end = max(first - AROUND, 0), min(last + AROUND, len(context))
+    marked = [
+        any(at <= place < at + len(text) for at, text in found) for place in range(begin, end)
+    ]
+    pieces = [("… ", False)] if begin else []
+    place = begin
+    while place < end:
+        stop = place
+        while stop < end and marked[stop - begin] == marked[place - begin]:
+            stop += 1
+        pieces.append((context[place:stop], marked[place - begin]))
+        place = stop
+    return [*pieces, *([(" …", False)] if end < len(context) else [])]
+
+
+def shown(text: str) -> Any:
+    """A text of the data as HTML: not endless, and no mark in it turns what stands around it."""
+    import markupsafe
+
+    return markupsafe.Markup("<bdi>{}</bdi>").format(cut(text))  # which escapes it
+
+
+def cut(text: str) -> str:
+    """The beginning of a text that is too long to be shown."""
+    return text if len(text) <= LONGEST else text[:LONGEST] + " …"
+
+
+def disagreements(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What not all answer alike, as the page shows it."""
+    shown = []
+    for one in content["disagreements"][:SHOWN]:
+        by_text: dict[str, list[str]] = {}
+        for name, text in one["answers"].items():
+            by_text.setdefault(text or "", []).append(name)
+        shown.append({
+            "question": one["question"],
+            "right": one["right"],
+            "pieces": excerpt(one["context"], [*by_text, one["reference"] or ""]),
+            "answers": [
+                {"text": text, "names": names, "reference": text == (one["reference"] or "")}
+                for text, names in by_text.items()
+            ],
+        })  # fmt: skip
+    return shown
