@@ -40,7 +40,7 @@ from flaxqa import carbon, features, files
 from flaxqa.errors import UsageError
 from flaxqa.progress import Progress, Silence
 
-from . import backend, backends, environment, questions
+from . import backend, backends, environment, groups, questions
 from .config import BenchConfig, CompareConfig
 from .results import AUDITS, FASTER, Contestant, Results, finite, percentile
 from .runner import Job
@@ -255,13 +255,16 @@ def compare(
         if not any(backends.backend_of(backend).traceable for backend, _ in chosen):
             raise UsageError(f"--profile is for JAX backends, and {config.backends} has none")
         files.writable_directory(config.profile)
+    groupings = groups.read(config.group_by)
     output = files.writable_directory(config.output)
     with carbon.Meter(config) as meter, Field(config, output, progress, given) as field:
         reference = field.reference()
         meter.covers(field.device)
         contestants: list[Contestant] = []
         about = field.about(reference)
-        results = Results(field.questions, field.v2, reference, contestants, config, about)
+        results = Results(
+            field.questions, field.v2, reference, contestants, config, about, groupings
+        )
 
         def content() -> dict[str, Any]:
             whole: dict[str, Any] = finite({**about, **results.content()})

@@ -16,6 +16,7 @@ from flaxqa.config import (
     Options,
     PlaceOptions,
     ReaderOptions,
+    ScoreOptions,
     WindowOptions,
 )
 
@@ -45,9 +46,32 @@ class Subject(DataOptions, ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig(CarbonOptions, ReaderOptions, Subject):
+class GroupOptions(Options):
+    """Into which groups questions are put."""
+
+    PATHS: ClassVar[tuple[str, ...]] = ("group_by",)
+
+    group_by: str | None = None
+    """A CSV file with a column id and others, each of which puts questions in groups of its own
+    beside those by question word and by lengths."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrustOptions(Options):
+    """What is told of how far scores can be trusted."""
+
+    SHARES: ClassVar[tuple[str, ...]] = ("precision",)
+
+    precision: float | None = None
+    """Tell from which score on this share of the answers is right, as 0.9, and which share of the
+    questions has such a score."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig(TrustOptions, CarbonOptions, ScoreOptions, ReaderOptions, Subject):
     """One evaluation of a checkpoint on questions with right answers."""
 
+    PATHS: ClassVar[tuple[str, ...]] = ("calibrate",)
     COUNTS: ClassVar[tuple[str, ...]] = ("n_best", "max_answer_length")
     FINITE: ClassVar[tuple[str, ...]] = ("null_score_diff_threshold", "min_f1")
 
@@ -63,8 +87,20 @@ class EvalConfig(CarbonOptions, ReaderOptions, Subject):
     null_score_diff_threshold: float = 0.0
     """SQuAD 2.0: a question is left unanswered where its null odds are above this."""
 
+    calibrate: str | None = None
+    """Other questions with right answers, read as --data is, on which one temperature is fitted:
+    with it, scores tell best how many answers are right. The scores of this run are those with it;
+    answers do not change."""
+
     min_f1: float | None = None
     """A gate: exit code 5 when F1 in percent is below it. The results are written all the same."""
+
+    def problems(self) -> list[str]:
+        """What cannot be, a sentence each."""
+        found = super().problems()
+        if self.calibrate is not None and self.temperature != 1.0:
+            found.append("calibrate fits the temperature, so --temperature cannot be given, too")
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +181,7 @@ class FinetuneConfig(CarbonOptions, WindowOptions, PlaceOptions, DataOptions, Mo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measurement(CarbonOptions, Subject):
+class Measurement(GroupOptions, CarbonOptions, Subject):
     """What backends are measured on, and how."""
 
     COUNTS: ClassVar[tuple[str, ...]] = ("rounds", "min_queries", "threads", "width")

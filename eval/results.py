@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from flaxqa import carbon
 
 from . import squad
 from .config import BenchConfig, CompareConfig
+from .groups import GROUPINGS, Grouping
 from .questions import SquadExample
 from .runner import STAGES, Job
 from .worker import Worker
@@ -28,7 +29,6 @@ WORTH = 0.99  # F1 of any dtype, of the reference's, unless chance explains it
 STRAY = {True: 1 - ALIKE, False: 0.05}
 FASTER = 1.5  # asking one thing again, to asking different ones: from here on it was not computed
 AUDITS = 3  # how often it has to be so
-RESAMPLES = 10_000
 
 
 @dataclasses.dataclass
@@ -87,6 +87,7 @@ class Results:
     contestants: Sequence[Contestant]
     config: CompareConfig | BenchConfig
     about: Mapping[str, Any]
+    groupings: Sequence[Grouping] = GROUPINGS
     known: dict[int, squad.Scores] = dataclasses.field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
@@ -152,7 +153,7 @@ class Results:
         own, theirs = self.scored(one), self.scored(self.reference)
         intervals, found = own.intervals(), {}
         for name, mean in own.means.items():
-            apart = difference_interval(own.values[name], theirs.values[name])
+            apart = squad.difference_interval(own.values[name], theirs.values[name])
             found[name] = {"value": mean, "interval": intervals[name], **apart}
         return found
 
@@ -296,19 +297,17 @@ class Results:
         """EM and F1 of each backend by the kind of question, and by lengths."""
         scored = {one.name: self.scored(one) for one in there}
         found: dict[str, list[dict[str, Any]]] = {}
-        for title, group_of, order in GROUPS:
-            labels = np.array([group_of(question) for question in self.questions])
-            found[title] = [
+        for grouping in self.groupings:
+            found[grouping.title] = [
                 {
                     "group": label,
-                    "questions": int((labels == label).sum()),
+                    "questions": int(chosen.sum()),
                     "scores": {
-                        name: {metric: one.mean(metric, labels == label) for metric in one.values}
+                        name: {metric: one.mean(metric, chosen) for metric in one.values}
                         for name, one in scored.items()
                     },
                 }
-                for label in order
-                if (labels == label).any()
+                for label, chosen in grouping.masks(self.questions).items()
             ]
         return found
 
@@ -340,15 +339,6 @@ def differences(a: Contestant, b: Contestant) -> dict[str, float]:
     return {"largest": float(apart.max()), "mean": float(apart.mean())}
 
 
-def difference_interval(own: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    """The mean difference of paired scores in percent, with its 95 % bootstrap interval."""
-    apart = 100.0 * (own.astype(np.float64) - theirs)
-    values, counts = np.unique(apart, return_counts=True)
-    drawn = np.random.default_rng(0).multinomial(len(apart), counts / len(apart), RESAMPLES)
-    low, high = np.percentile(drawn @ values / len(apart), (2.5, 97.5))
-    return {"difference": float(apart.mean()), "difference_interval": (float(low), float(high))}
-
-
 def finite(value: Any) -> Any:
     """The same for JSON, which has no infinite numbers: None in their place."""
     if isinstance(value, dict):
@@ -365,35 +355,3 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{share}": percentile(values, share) for share in (50, 90, 99)}
-
-
-def question_word(question: SquadExample) -> str:
-    """Its question word."""
-    words = question.question.lower().split()
-    return next((word for word in words if word in QUESTION_WORDS), "other")
-
-
-def answer_length(question: SquadExample) -> str:
-    words = min((len(answer.split()) for answer in question.answers), default=0)
-    return next(label for end, label in ANSWER_LENGTHS if words <= end)
-
-
-def context_length(question: SquadExample) -> str:
-    words = len(question.context.split())
-    return next(label for end, label in CONTEXT_LENGTHS if words <= end)
-
-
-QUESTION_WORDS = ("what", "who", "when", "where", "which", "how", "why")
-ANSWER_LENGTHS = (
-    (0, "none"), (1, "1 word"), (2, "2 words"), (4, "3 or 4 words"), (9, "5 to 9 words"),
-    (math.inf, "10 words or more"),
-)  # fmt: skip
-CONTEXT_LENGTHS = (
-    (99, "up to 99 words"), (149, "100 to 149 words"), (199, "150 to 199 words"),
-    (299, "200 to 299 words"), (math.inf, "300 words or more"),
-)  # fmt: skip
-GROUPS: tuple[tuple[str, Callable[[SquadExample], str], Sequence[str]], ...] = (
-    ("question word", question_word, (*QUESTION_WORDS, "other")),
-    ("shortest right answer", answer_length, [label for _, label in ANSWER_LENGTHS]),
-    ("length of the context", context_length, [label for _, label in CONTEXT_LENGTHS]),
-)

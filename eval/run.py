@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import fcntl
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -24,16 +23,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxqa import answers, carbon, features, files, reader, stores
-from flaxqa.answers import Answer, Answers
+import numpy as np
+
+from flaxqa import carbon, features, files, reader, stores
+from flaxqa.answers import Answer, Answers, Decoder
 from flaxqa.checkpoint import Checkpoint
 from flaxqa.config import ModelOptions, ReaderOptions
-from flaxqa.errors import TryAgain
+from flaxqa.errors import DataError, TryAgain
 from flaxqa.profile import Profile
 from flaxqa.progress import Progress, Silence
 from flaxqa.reader import Reader, Spent
 
-from . import environment, questions, squad
+from . import calibration, environment, examples, mistakes, questions, runs, squad
 from .config import EvalConfig
 from .questions import Data, SquadExample
 
@@ -78,19 +79,24 @@ def evaluated(
     load_seconds = time.perf_counter() - loading
     meter.covers(loaded.predictor.devices[0].platform)
     run = describe(config, loaded, data, source)
+    temperature = run["temperature"] = fitted(config, loaded, output, progress)
     with Partial(output / ".partial.jsonl", run_key(run)) as partial:
         resumed = len(partial.rows)
         progress.begin(len(data.questions), resumed)
         left = data.questions[resumed:]  # which begins where a chunk does
         with Profile(config.profile) as profile:
             advance = profile.after(progress.advance)
-            for found, took in answers_of(left, loaded, config, advance):
+            decode = decoder(config, temperature)
+            for found, took in answers_of(left, loaded, decode, advance):
                 meter.count(len(found))
                 partial.append(found, took, meter)
     progress.stage("scoring")
     scoring = time.perf_counter()
     predictions, scores, of_v2 = scored(data, partial.rows, config)
+    kinds = kinds_of(data, partial.rows, predictions, scores, loaded, config)
     metrics = results(scores, partial.rows, partial.spent, config) | of_v2
+    metrics["mistakes"] = mistakes.shares(kinds)
+    metrics["calibration"] = trust(data, partial.rows, predictions, scores, config)
     metrics["score_seconds"] = time.perf_counter() - scoring
     metrics["compile_seconds"] = loaded.predictor.compile_seconds
     metrics["load_seconds"] = load_seconds
@@ -101,7 +107,7 @@ def evaluated(
         metrics["carbon"] = carbon.result(parts, len(partial.rows))
     run["shapes"] = [shape._asdict() for shape in loaded.predictor.shapes]
     run["started"], run["finished"] = began, now()
-    write(output, data, partial.rows, predictions, scores, metrics, run)
+    write(output, data, partial.rows, predictions, scores, kinds, metrics, run)
     if stores.is_url(config.output):
         names = [path.name for path in output.iterdir() if not path.name.startswith(".")]
         for name in sorted(names, key=lambda name: name == "run.json"):  # which comes last
@@ -178,7 +184,7 @@ def describe_reader(config: ReaderOptions, loaded: Reader) -> dict[str, Any]:
 
 def scored(
     data: Data, rows: Sequence[Answers], config: EvalConfig
-) -> tuple[dict[str, str], squad.Scores, dict[str, float]]:
+) -> tuple[dict[str, str], squad.Scores, dict[str, Any]]:
     """The predictions, their scores, and what SQuAD 2.0 has besides."""
     threshold = config.null_score_diff_threshold if data.v2 else None
     predictions = best_texts(data.questions, rows, threshold)
@@ -186,17 +192,23 @@ def scored(
     if not data.v2:
         return predictions, scores, {}
     by_answer = {k: v for k, v in scores.by_answer().items() if k.startswith(("H", "N"))}
-    spoken = best_texts(data.questions, rows, None)
-    best = squad.best_thresholds(
-        squad.score(data.questions, spoken, v2=True), spoken, null_odds(data.questions, rows)
-    )
+    spoken, odds = best_texts(data.questions, rows, None), null_odds(data.questions, rows)
+    of_spoken = squad.score(data.questions, spoken, v2=True)
+    best: dict[str, Any] = squad.best_thresholds(of_spoken, spoken, odds)
+    for metric, values in of_spoken.values.items():
+        name = f"best_{squad.METRICS[metric].official}"
+        said = np.array([bool(spoken.get(each)) for each in scores.ids])
+        gains = np.where(scores.has_answer, values, -said.astype(float))
+        numbers = np.array([odds.get(each, np.inf) for each in scores.ids])
+        ends = calibration.best_threshold(gains, numbers, ~scores.has_answer)
+        best |= {f"{name}_interval": ends["score"], f"{name}_thresh_interval": ends["threshold"]}
     return predictions, scores, by_answer | best
 
 
 def run_key(run: dict[str, Any]) -> str:
     """A hash of everything that decides an answer: a resumed run must have the same."""
     later = ("output", "min_f1", "null_score_diff_threshold", "profile", "carbon", "country",
-             "grid")  # these decide no row  # fmt: skip
+             "grid", "precision")  # these decide no row  # fmt: skip
     config = {k: v for k, v in run["config"].items() if k not in later}
     model = {k: v for k, v in run["model"].items() if k != "directory"}
     decides = {**run, "config": config, "model": model}
@@ -206,13 +218,87 @@ def run_key(run: dict[str, Any]) -> str:
 def answers_of(
     asked: Sequence[SquadExample],
     loaded: Reader,
-    config: EvalConfig,
+    decode: Decoder,
     advance: Callable[[int, int], None],
 ) -> Iterator[tuple[list[Answers], Spent]]:
     """The answers to every question, chunk by chunk; in `error` why one cannot be asked."""
-    decode = answers.Decoder.best(config.decoder, config.n_best, config.max_answer_length)
     chunks = reader.chunks(asked, size_of=features.characters)
     return loaded.answer_chunks(chunks, decode, advance)
+
+
+def decoder(config: EvalConfig, temperature: float) -> Decoder:
+    """The rule of a run."""
+    options = {"max_answer_length": config.max_answer_length, "temperature": temperature}
+    return Decoder.best(config.decoder, config.n_best, **options)
+
+
+def fitted(config: EvalConfig, loaded: Reader, output: Path, progress: Progress) -> float:
+    """The temperature of a run: the one asked for, or fitted to --calibrate.
+
+    What was fitted is kept in `calibration.json`, and taken from there by a run that goes on.
+    """
+    kept = output / "calibration.json"
+    if config.calibrate is None:
+        kept.unlink(missing_ok=True)
+        return config.temperature
+    data, source = questions.read_with_source(config.calibrate, config)
+    key = run_key(describe(config, loaded, data, source))
+    if kept.is_file() and (before := runs.read_json(kept)).get("key") == key:
+        return float(before["temperature"])
+    progress.begin(len(data.questions), 0, "calibrating")
+    collector = calibration.Collector(decoder(config, 1.0))
+    rows: list[Answers] = []
+    for found, _ in answers_of(data.questions, loaded, collector, progress.advance):
+        rows += found
+    scores = squad.score(data.questions, best_texts(data.questions, rows, None), v2=data.v2)
+    right = scores.values["exact_match"].tolist()
+    if len(set(right)) < 2:
+        raise DataError(f"{config.calibrate}: all answers are {'right' if right[0] else 'wrong'}, "
+                        "so no temperature can be fitted to it")  # fmt: skip
+    temperature = collector.fit(dict(zip(scores.ids, right, strict=True)))
+    content = {"key": key, "temperature": temperature, "questions": len(right), "data": source}
+    files.write_whole(kept, as_json(content))
+    return temperature
+
+
+def kinds_of(
+    data: Data,
+    rows: Sequence[Answers],
+    predictions: Mapping[str, str],
+    scores: squad.Scores,
+    loaded: Reader,
+    config: EvalConfig,
+) -> list[str | None]:
+    """The kind of mistake of each question, see `mistakes`."""
+    exact = scores.values["exact_match"]
+    wrong = [index for index, question in enumerate(data.questions)
+             if not exact[index] and question.answers and rows[index].error is None]  # fmt: skip
+    asked = [data.questions[index] for index in wrong]
+    windows = loaded.windows_of(asked)
+    found = mistakes.reachable(asked, windows, config.max_answer_length) if asked else []
+    out_of_reach = {index for index, there in zip(wrong, found, strict=True) if not there}
+    kinds = []
+    for index, (question, row) in enumerate(zip(data.questions, rows, strict=True)):
+        text = predictions.get(question.id, "")
+        span = (row[0].start, row[0].end) if row and text else None
+        given = mistakes.Prediction(text, span, row.question_cut, index not in out_of_reach)
+        kinds.append(mistakes.kind_of(question, given))
+    return kinds
+
+
+def trust(
+    data: Data,
+    rows: Sequence[Answers],
+    predictions: Mapping[str, str],
+    scores: squad.Scores,
+    config: EvalConfig,
+) -> dict[str, Any]:
+    """How far the scores of answers can be trusted, and those of "no answer"."""
+    given = np.array([bool(row) and bool(predictions.get(question.id))
+                      for question, row in zip(data.questions, rows, strict=True)])  # fmt: skip
+    score = np.array([row[0].score if row else np.nan for row in rows])
+    odds = np.array([np.nan if row.error else row.null_odds for row in rows])
+    return calibration.told(scores, given, score, odds if data.v2 else None, config.precision)
 
 
 class Partial:
@@ -374,6 +460,7 @@ def write(
     rows: Sequence[Answers],
     predictions: dict[str, str],
     scores: squad.Scores,
+    kinds: Sequence[str | None],
     metrics: dict[str, Any],
     run: dict[str, Any],
 ) -> None:
@@ -383,7 +470,7 @@ def write(
     answered = {
         question.id: row for question, row in zip(asked, rows, strict=True) if row.error is None
     }
-    nbest = {example_id: n_best(row) for example_id, row in answered.items()}
+    nbest = {example_id: examples.n_best(row) for example_id, row in answered.items()}
     reasons = {
         question.id: row.error
         for question, row in zip(asked, rows, strict=True)
@@ -391,8 +478,8 @@ def write(
     }
     files.write_whole(output / "predictions.json", as_json(predictions))
     files.write_whole(output / "nbest_predictions.json", as_json(nbest))
-    table = parquet(asked, rows, predictions, scores)
-    files.write_whole(output / "per_example.parquet", table)
+    table = examples.parquet(asked, rows, predictions, scores, kinds)
+    files.write_whole(output / examples.FILE, table)
     optional = {
         "null_odds.json": as_json(null_odds(asked, rows)) if data.v2 else None,
         "errors.jsonl": as_errors(reasons),
@@ -411,69 +498,5 @@ def write_or_remove(path: Path, content: bytes | None) -> None:
         files.write_whole(path, content)
 
 
-def n_best(row: Answers) -> list[dict[str, Any]]:
-    """The answers as in run_qa's nbest_predictions.json, with their characters besides."""
-    return [
-        {
-            "text": one.text,
-            "start": one.start,
-            "end": one.end,
-            "score": one.score,
-            "probability": probability,
-            "start_logit": one.start_logit,
-            "end_logit": one.end_logit,
-        }
-        for one, probability in zip(row, answers.probabilities(row), strict=True)
-    ]
-
-
 def as_json(content: Any) -> bytes:
     return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
-
-
-def parquet(
-    asked: Sequence[SquadExample],
-    rows: Sequence[Answers],
-    predictions: dict[str, str],
-    scores: squad.Scores,
-) -> bytes:
-    """One row a question, for looking at what went wrong and for comparing two runs."""
-    import pyarrow
-    import pyarrow.parquet
-
-    best = [n_best(row)[0] if row else {} for row in rows]
-
-    def column(name: str) -> list[Any]:
-        return [found.get(name) for found in best]
-
-    table = pyarrow.table(
-        {
-            "id": [question.id for question in asked],
-            "question": [valid(question.question) for question in asked],
-            "answers": [list(map(valid, question.answers)) for question in asked],
-            "prediction": pyarrow.array(
-                [predictions.get(question.id) for question in asked], pyarrow.string()
-            ),
-            "start": pyarrow.array(column("start"), pyarrow.int64()),
-            "end": pyarrow.array(column("end"), pyarrow.int64()),
-            "score": pyarrow.array(column("score"), pyarrow.float64()),
-            "probability": pyarrow.array(column("probability"), pyarrow.float64()),
-            "start_logit": pyarrow.array(column("start_logit"), pyarrow.float64()),
-            "end_logit": pyarrow.array(column("end_logit"), pyarrow.float64()),
-            "null_odds": pyarrow.array(
-                [None if row.error else row.null_odds for row in rows], pyarrow.float64()
-            ),
-            **scores.values,
-            "n_windows": pyarrow.array([row.n_windows for row in rows], pyarrow.int32()),
-            "question_cut": [row.question_cut for row in rows],
-            "error": pyarrow.array([row.error for row in rows], pyarrow.string()),
-        }
-    )
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer)
-    return buffer.getvalue()
-
-
-def valid(text: str) -> str:
-    """The text with lone surrogates, which no file format takes, as U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

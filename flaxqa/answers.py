@@ -47,8 +47,9 @@ class Answer:
       end: index after its last character.
       score: in [0, 1], the probability of its start times that of its end. Each is a softmax over
         the context tokens and `[CLS]` of all windows of the example together (of all contexts, from
-        `Reader.search`), so scores of different windows compare, and those of different spans sum
-        to at most 1. With one window this is the score of transformers' pipeline.
+        `Reader.search`), of logits that are divided by the temperature where one was asked for. So
+        scores of different windows compare, and those of different spans sum to at most 1. With one
+        window and no temperature this is the score of transformers' pipeline.
       start_logit: of its first token; `start_logit + end_logit` orders the answers.
       end_logit: of its last token.
       context: which of several contexts it is from, counted from 0.
@@ -157,6 +158,7 @@ class Table:
           NotFinite: some logits are not.
         """
         self.examples, self.windows, self.scores = examples, Windows.of(features), Scores.of(logits)
+        self.temperature = rule.temperature
         self.example, self.begin = self.windows.example, self.windows.context_start
         self.stop = self.windows.lengths - 1
         told = self.scores.told(rule)
@@ -220,7 +222,10 @@ class Table:
         return rule.find(start, end, self.may_start(rows), self.may_end(rows), np)
 
     def log_normalizer(self, logits: np.ndarray) -> np.ndarray:
-        """Of each example the log of the summed exponentials over its context tokens and [CLS]s."""
+        """Of each example the log of the summed exponentials over its context tokens and [CLS]s.
+
+        Each logit is divided by the temperature.
+        """
         peak = np.full(len(self.examples), -np.inf)
         for rows in self.blocks():
             highest = logits[rows].max(axis=1, where=self.weighed(rows), initial=-np.inf)
@@ -232,9 +237,10 @@ class Table:
             powers = np.zeros(part.shape)
             own = peak[self.example[rows], None]
             np.subtract(part, own, out=powers, where=weighed, dtype=np.float64)
+            powers /= self.temperature
             np.exp(powers, out=powers, where=weighed)
             sums[rows] = powers.sum(axis=1)
-        return self.summed(sums, peak)
+        return self.summed(sums, peak / self.temperature)
 
     def weighed(self, rows: Rows) -> np.ndarray:
         """bool [rows, T], the context tokens and [CLS]."""
@@ -268,9 +274,8 @@ class Table:
         window = chosen // found.first.shape[1]
         i, j, i_logit, j_logit = (each.reshape(-1)[chosen] for each in found)
         owner = self.example[window]
-        score = np.exp(
-            i_logit.astype(np.float64) - self.log_start[owner] + j_logit - self.log_end[owner]
-        )
+        i_own, j_own = (each.astype(np.float64) / self.temperature for each in (i_logit, j_logit))
+        score = np.exp(i_own - self.log_start[owner] + j_own - self.log_end[owner])
         base = self.windows.first[window] - self.begin[window]
         columns = (owner, window, i + base, j + base, score, i_logit, j_logit)
         contexts, examples = self.windows.contexts, self.examples
@@ -306,14 +311,14 @@ class Decoder:
         self.rule = kind.on_devices(**options)
 
     @classmethod
-    def best(cls, name: str, n: int, max_answer_length: int) -> Decoder:
-        """A rule by name, for the n best answers."""
-        return cls(name, **{DECODERS[name].amount: n, "max_answer_length": max_answer_length})
+    def best(cls, name: str, n: int, **options: Any) -> Decoder:
+        """A rule by name, for the n best answers, with the options that all rules have."""
+        return cls(name, **{DECODERS[name].amount: n}, **options)
 
     @classmethod
     def of(cls, options: AnswerOptions) -> Decoder:
         """The rule `spans` as the options say; see also `Answers.kept`."""
-        names = ("top_k", "max_answer_length", "align_to_words", "overlapping")
+        names = ("top_k", "max_answer_length", "align_to_words", "overlapping", "temperature")
         return cls("spans", **{name: getattr(options, name) for name in names})
 
     def __call__(
@@ -332,6 +337,7 @@ def decode_spans(
     max_answer_length: int = MAX_ANSWER_LENGTH,
     align_to_words: bool = True,
     overlapping: bool = False,
+    temperature: float = 1.0,
 ) -> list[Answers]:
     """For every example its `top_k` best spans, best first; fewer if it has no more.
 
@@ -345,6 +351,7 @@ def decode_spans(
       max_answer_length: in tokens, before the answer is widened to words.
       align_to_words: whether an answer is widened to whole words.
       overlapping: whether an answer may share characters with a better one.
+      temperature: divides the logits of the softmax behind scores.
 
     Raises:
       NotFinite: a logit is not finite.
@@ -354,7 +361,7 @@ def decode_spans(
         raise ValueError(f"top_k {top_k} and max_answer_length {max_answer_length} must be >= 1")
     if not features:
         return [Answers() for _ in examples]
-    table = Table(examples, features, logits, Spans(1, max_answer_length))
+    table = Table(examples, features, logits, Spans(1, max_answer_length, temperature))
     if overlapping:
         return overlapping_spans(table, top_k, max_answer_length, align_to_words)
     found = table.collected(table.answers(table.found, 1, align_to_words))
@@ -447,6 +454,7 @@ def decode_squad(
     n_best: int = N_BEST,
     max_answer_length: int = MAX_ANSWER_LENGTH,
     top_k: int | None = None,
+    temperature: float = 1.0,
 ) -> list[Answers]:
     """For every example its best answers, best first: at most `top_k`, none if nothing counts.
 
@@ -457,6 +465,7 @@ def decode_squad(
       n_best: starts and ends tried in each window.
       max_answer_length: in tokens.
       top_k: answers kept of each example; None for `n_best`.
+      temperature: divides the logits of the softmax behind scores.
 
     Raises:
       NotFinite: a logit is not finite.
@@ -466,7 +475,7 @@ def decode_squad(
         raise ValueError(f"n_best {n_best} and max_answer_length {max_answer_length} must be >= 1")
     if not features:
         return [Answers() for _ in examples]
-    table = Table(examples, features, logits, Pairs(n_best, max_answer_length))
+    table = Table(examples, features, logits, Pairs(n_best, max_answer_length, temperature))
     return table.collected(table.answers(table.found, top_k or n_best, words=False))
 
 
@@ -490,14 +499,18 @@ def spans_on_devices(
     max_answer_length: int = MAX_ANSWER_LENGTH,
     overlapping: bool = False,
     align_to_words: bool = True,
+    temperature: float = 1.0,
 ) -> Rule | None:
-    return None if top_k > 1 or overlapping else Spans(1, max_answer_length)
+    return None if top_k > 1 or overlapping else Spans(1, max_answer_length, temperature)
 
 
 def squad_on_devices(
-    n_best: int = N_BEST, max_answer_length: int = MAX_ANSWER_LENGTH, top_k: int | None = None
+    n_best: int = N_BEST,
+    max_answer_length: int = MAX_ANSWER_LENGTH,
+    top_k: int | None = None,
+    temperature: float = 1.0,
 ) -> Rule:
-    return Pairs(n_best, max_answer_length)
+    return Pairs(n_best, max_answer_length, temperature)
 
 
 DECODERS = {

@@ -178,7 +178,18 @@ class ReaderOptions(WindowOptions, DeviceOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AnswerOptions(Options):
+class ScoreOptions(Options):
+    """What scores are made of logits by."""
+
+    POSITIVE: ClassVar[tuple[str, ...]] = ("temperature",)
+
+    temperature: float = 1.0
+    """Divide logits by this before scores are made of them: what `flaxqa eval --calibrate` fitted
+    to this checkpoint. Answers and their order stay."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerOptions(ScoreOptions):
     """How answers are chosen, by the rule `spans` of `flaxqa.answers`."""
 
     COUNTS: ClassVar[tuple[str, ...]] = ("top_k", "max_answer_length")

@@ -370,3 +370,15 @@ def most_context(parts: Sequence[slice]) -> list[np.ndarray]:
         best[part][more] = context[more]
         owner[part][more] = index
     return [owner[part] == index for index, part in enumerate(parts)]
+
+
+def covering(offsets: np.ndarray, span: tuple[int, int]) -> tuple[int, int] | None:
+    """The first and the last of a context's tokens that have a character of an answer, or None.
+
+    Args:
+      offsets: int [C, 2] of the tokens, see `Feature.offsets`.
+      span: the answer's characters.
+    """
+    first = int(np.searchsorted(offsets[:, 1], span[0], "right"))
+    last = int(np.searchsorted(offsets[:, 0], span[1], "left")) - 1
+    return (first, last) if first <= last else None

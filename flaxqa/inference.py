@@ -207,6 +207,9 @@ def search(
     else:
         found = rule.find(start, end, may_start, may_end, jnp)
     weighed = may_end | (column == 0)
-    logs = [jax.nn.logsumexp(jnp.where(weighed, each, -jnp.inf), axis=1) for each in (start, end)]
+    logs = [
+        jax.nn.logsumexp(jnp.where(weighed, each / rule.temperature, -jnp.inf), axis=1)
+        for each in (start, end)
+    ]
     finite = ((jnp.isfinite(start) & jnp.isfinite(end)) | ~inside).all(1)
     return found, Summary(finite, start[:, 0], end[:, 0], *logs)

@@ -341,7 +341,7 @@ class Reader:
         chosen = AnswerOptions(**options)
         every = dataclasses.replace(chosen, min_score=0.0, no_answer_threshold=None)
         records = ({"question": question, "context": context} for context in contexts)
-        best = BestOfContexts(question, chosen.top_k)
+        best = BestOfContexts(question, chosen.top_k, chosen.temperature)
         for found in self.answers(records, chunk_size=chunk_size, **vars(every)):
             best.add(found)
         together = best.answers()
@@ -498,8 +498,8 @@ class Reader:
 class BestOfContexts:
     """The answers to one question in many contexts, as they come."""
 
-    def __init__(self, question: str, top_k: int):
-        self.top_k, self.count, self.n_errors = top_k, 0, 0
+    def __init__(self, question: str, top_k: int, temperature: float = 1.0):
+        self.top_k, self.count, self.n_errors, self.temperature = top_k, 0, 0, temperature
         self.together, self.errors = Answers(), list[str]()
         self.together.record = {"question": question}
         self.best: list[tuple[float, int, int, Answer]] = []  # a heap, the worst first
@@ -535,7 +535,8 @@ class BestOfContexts:
             self.errors.append(f"and {self.n_errors - ERRORS_SHOWN} more")
         together.error = "; ".join(self.errors) or None
         for *_, answer in ranked:
-            log_score = answer.start_logit + answer.end_logit - float(self.normalizers.sum())
+            total = (answer.start_logit + answer.end_logit) / self.temperature
+            log_score = total - float(self.normalizers.sum())
             together.append(dataclasses.replace(answer, score=math.exp(min(log_score, 0.0))))
         return together
 

@@ -48,7 +48,8 @@ class Summary(NamedTuple):
       finite: whether all its logits are.
       null_start: the start logit of `[CLS]`.
       null_end: the end logit of `[CLS]`.
-      log_start: the log of the summed exponentials of the start logits that are weighed.
+      log_start: the log of the summed exponentials of the start logits that are weighed, each
+        divided by the rule's temperature.
       log_end: the same of the end logits.
     """
 
@@ -66,10 +67,12 @@ class Spans:
     Attributes:
       n: how many of each window.
       max_answer_length: in tokens.
+      temperature: divides the logits of the softmax behind scores; what is best stays.
     """
 
     n: int
     max_answer_length: int
+    temperature: float = 1.0
 
     def find(self, start: Table, end: Table, xp: Any) -> Found:
         """The best spans; equal sums are ordered by position.
@@ -99,10 +102,12 @@ class Pairs:
     Attributes:
       n: also how many pairs of each window.
       max_answer_length: in tokens.
+      temperature: as of `Spans`.
     """
 
     n: int
     max_answer_length: int
+    temperature: float = 1.0
 
     def find(self, start: Table, end: Table, may_start: Table, may_end: Table, xp: Any) -> Found:
         """The best pairs; all tokens compete for the n best, and only then is asked what they are.

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from flaxqa import checkpoint, predict
+from flaxqa import checkpoint, features, predict
 from flaxqa.devices import compiler_options
 from flaxqa.dropout import Dropout, Rates
 from flaxqa.features import Windows
@@ -278,7 +278,7 @@ def positions(windows: Windows, spans: Sequence[Span | None]) -> np.ndarray:
     for at, example in enumerate(windows.example.tolist()):
         if (span := spans[example]) is None:
             continue
-        tokens = covering(windows.contexts[at].places.offsets, span)
+        tokens = features.covering(windows.contexts[at].places.offsets, span)
         if tokens is None:
             continue
         begin, part = int(windows.context_start[at]), int(windows.first[at])
@@ -286,18 +286,6 @@ def positions(windows: Windows, spans: Sequence[Span | None]) -> np.ndarray:
         if begin <= first and last < windows.lengths[at] - 1:
             found[at] = first, last
     return found
-
-
-def covering(offsets: np.ndarray, span: Span) -> Span | None:
-    """The first and the last of a context's tokens that have a character of an answer, or None.
-
-    Args:
-      offsets: int [C, 2] of the tokens, see `flaxqa.features.Feature.offsets`.
-      span: the answer's characters.
-    """
-    first = int(np.searchsorted(offsets[:, 1], span[0], "right"))
-    last = int(np.searchsorted(offsets[:, 0], span[1], "left")) - 1
-    return (first, last) if first <= last else None
 
 
 def order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
