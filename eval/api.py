@@ -20,7 +20,7 @@ from flaxqa.config import takes
 from flaxqa.progress import Silence, TerminalProgress
 from flaxqa.records import Columns
 
-from . import questions, report, summaries
+from . import evaluated, questions, report, runs, summaries
 from .config import CompareConfig, EvalConfig
 from .squad import METRICS
 
@@ -46,24 +46,24 @@ class Evaluation:
         """What `flaxqa eval` wrote into a directory."""
         import pyarrow.parquet as pq
 
-        found, folder = report.read(directory), Path(directory)
+        found, folder = runs.evaluation(directory), Path(directory)
         predictions = json.loads((folder / "predictions.json").read_bytes())
         table = pq.read_table(folder / "per_example.parquet")
-        return cls(found.metrics or {}, predictions, found.run or {}, table)
+        return cls(found.content, predictions, found.about, table)
 
     def to_pandas(self) -> Any:
         """A data frame with a row a question."""
         return self.table.to_pandas()
 
-    def as_run(self) -> report.Run:
-        return report.Run("evaluation", metrics=self.metrics, run=self.run)
+    def as_run(self) -> runs.Run:
+        return runs.Run("eval", Path("evaluation"), self.metrics, self.run)
 
     def __repr__(self) -> str:
         scores = ", ".join(f"{one.label} {self.metrics[name]:.2f}" for name, one in METRICS.items())
         return f"<Evaluation: {scores}, {self.metrics['total']:,} questions>"
 
     def _repr_html_(self) -> str:
-        head, rows = report.evaluations([self.as_run()]) or ([], [])
+        head, rows = evaluated.table([self.as_run()])
         return show.html_table(head[1:], [row[1:] for row in rows])
 
 

@@ -70,6 +70,17 @@ def reliability(scores: np.ndarray, right: np.ndarray) -> list[Bin]:
     return found
 
 
+def log_loss(logs: np.ndarray, right: np.ndarray) -> float:
+    """The mean of -log(score) of right answers and -log(1 - score) of wrong ones, in nats.
+
+    Args:
+      logs: [Q], the logarithms of the scores.
+      right: bool [Q].
+    """
+    logs = np.minimum(logs, -1e-12)  # a score of 1 that is wrong does not cost everything
+    return float(-np.where(right, logs, np.log(-np.expm1(logs))).mean())
+
+
 def error(scores: np.ndarray, right: np.ndarray) -> float:
     """The expected calibration error, in [0, 1]: how far a bin's mean score is from its share.
 
@@ -167,6 +178,7 @@ def told(
         curve = risk_coverage(own, truth, len(given))
         found |= {
             "mean_score": float(own.mean()), "right": float(truth.mean()),
+            "log_loss": log_loss(np.log(np.maximum(own, np.finfo(float).tiny)), truth),
             "ece": error(own, truth), "ece_interval": error_interval(own, truth),
             "aurc": curve.area, "bins": [each._asdict() for each in reliability(own, truth)],
         }  # fmt: skip
@@ -319,8 +331,7 @@ class Collector(Decoder):
             logs = tops / temperature
             for values, begins in tables:
                 logs = logs - log_sums(values / temperature, begins)
-            logs = np.minimum(logs, -1e-12)
-            return float(-np.where(truth, logs, np.log(-np.expm1(logs))).mean())
+            return log_loss(logs, truth)
 
         return loss
 

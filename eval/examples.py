@@ -136,21 +136,12 @@ class Examples:
         return found
 
 
-def read(directory: str | Path) -> Examples:
-    """What `flaxqa eval` wrote into a directory.
+def of_run(run: runs.Run) -> Examples:
+    """The questions of an evaluation.
 
     Raises:
-      UsageError: it has no evaluation.
       DataError: a file is damaged, or of a flaxqa that did not keep contexts.
     """
-    run = next((one for one in runs.read(directory) if one.kind == "eval"), None)
-    if run is None:
-        raise DataError(f"{directory} has no evaluation")
-    return runs.checked(run, of_run)
-
-
-def of_run(run: runs.Run) -> Examples:
-    """The same of a run."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

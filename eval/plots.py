@@ -110,8 +110,9 @@ def lines(
     xlabel: str,
     ylabel: str,
     log: tuple[bool, bool] = (False, False),
+    spread: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> str:
-    """A curve of each series."""
+    """A curve of each series, with an upright line at each point where it has a spread."""
     figure, axes = axes_of(3.6, xlabel=xlabel, ylabel=ylabel)
     marks = "osD^v<>PX*"
     for index, (label, (x, y)) in enumerate(series.items()):
@@ -119,6 +120,9 @@ def lines(
         style = "-" if index < SERIES else "--"
         axes.plot(x, y, style, color=colour(index), marker=mark, markersize=4, linewidth=1.6,
                   label=label)  # fmt: skip
+        if spread is not None and label in spread:
+            low, high = zip(*spread[label], strict=True)
+            axes.vlines(x, low, high, color=colour(index), linewidth=1.0)
     if log[0]:
         axes.set_xscale("log")
         places = sorted({value for x, _ in series.values() for value in x})

@@ -6,7 +6,9 @@ of the reader's light or dark scheme. All text from data is escaped.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,23 @@ from typing import Any
 from flaxqa import carbon, files
 from flaxqa.errors import DataError
 
-from .plots import NOTHING, bars, lines, number, plots
+from . import evaluated, examples, explorer, runs
+from .evaluated import with_interval
+from .groups import GROUPINGS, Grouping
+from .plots import lines, number, plots
 from .probed import MOST_ASSOCIATIONS, probed
-from .runs import Kind, read_json
-from .runs import read as read_runs
+from .runs import Kind
 from .squad import METRICS
 from .summaries import cut, disagreements, shown, summary, table, there
 
+HERE = Path(__file__).parent
 POINTS = 100  # of a curve of losses: each the mean of a stretch of steps
 
 
 # --- reading ---
 
 FIELDS: dict[Kind, str] = {
-    "compare": "comparison", "eval": "metrics", "probe": "probe", "finetune": "training",
+    "compare": "comparison", "probe": "probe", "finetune": "training",
 }  # fmt: skip
 
 
@@ -38,16 +43,14 @@ class Run:
     Attributes:
       name: of the directory.
       comparison: content of comparison.json, None if it is no comparison.
-      metrics: content of metrics.json, None if it is no evaluation.
-      run: content of run.json, with `metrics`.
+      evaluation: metrics.json, run.json and where they are; None if it is no evaluation.
       probe: content of probe.json, None if there is none.
       training: content of finetune.json, with the lines of log.jsonl as `log`; None without them.
     """
 
     name: str
     comparison: Mapping[str, Any] | None = None
-    metrics: Mapping[str, Any] | None = None
-    run: Mapping[str, Any] | None = None
+    evaluation: runs.Run | None = None
     probe: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
 
@@ -59,29 +62,19 @@ def read(directory: str | Path) -> Run:
       UsageError: it has none.
       DataError: a file is damaged.
     """
-    there = {one.kind: one for one in read_runs(directory)}
+    there = {one.kind: one for one in runs.read(directory)}
     found: dict[str, Any] = {
         field: there[kind].content for kind, field in FIELDS.items() if kind in there
     }
-    if "comparison" in found:
-        found.pop("metrics", None)
-    if "metrics" in found:
-        found["run"] = there["eval"].about
+    if "eval" in there and "comparison" not in found:
+        found["evaluation"] = there["eval"]
     if "training" in found:
-        log = read_json(there["finetune"].directory / "log.jsonl", lines=True)
+        log = runs.read_json(there["finetune"].directory / "log.jsonl", lines=True)
         found["training"] = {**found["training"], "log": log}
     return Run(files.local(directory).name, **found)
 
 
 # --- the page ---
-
-
-def with_interval(metrics: Mapping[str, Any], name: str) -> str:
-    """A score and its interval, where there is one."""
-    if name not in metrics:
-        return NOTHING
-    low, high = metrics[f"{name}_interval"]
-    return f"{metrics[name]:.2f} ({low:.2f} to {high:.2f})"
 
 
 def trained(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,46 +114,65 @@ def trained(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def evaluations(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]] | None:
-    """A table of the runs of `flaxqa eval`."""
-    found = [(one.name, one.metrics, one.run) for one in runs if one.metrics and one.run]
-    measured, rows = any("carbon" in metrics for _, metrics, _ in found), []
-    for name, metrics, run in found:
-        rows.append([
-            name, run["started"][:16].replace("T", " "), run["config"]["model"],
-            run["data"]["name"], run["platform"]["dtype"], f"{metrics['total']:,}",
-            *(with_interval(metrics, one) for one in METRICS),
-            number(metrics["questions_per_second"]),
-            *(carbon.cells(metrics.get("carbon")) if measured else ()),
-        ])  # fmt: skip
-    head = ("run", "started", "model", "data", "dtype", "questions",
-            *(one.label for one in METRICS.values()), "questions/s")  # fmt: skip
-    return ([*head, *(carbon.CELLS if measured else ())], rows) if rows else None
-
-
-def evaluation_plots(runs: Sequence[Run]) -> dict[str, str]:
-    """F1 and speed of the runs of `flaxqa eval`, one below the other; none of a single one."""
-    found = [(one.name, one.metrics) for one in runs if one.metrics is not None]
-    if len(found) < 2:
-        return {}
-    names = [name for name, _ in found]
-    scores = {one.label: [metrics[key] for _, metrics in found] for key, one in METRICS.items()}
-    spread = {one.label: [metrics[f"{key}_interval"] for _, metrics in found]
-              for key, one in METRICS.items()}  # fmt: skip
-    speeds = {"speed": [metrics["questions_per_second"] for _, metrics in found]}
-    return {
-        "Scores": bars(names, scores, name="scores", spread=spread,
-                       xlabel="percent; the line is the 95 % interval"),
-        "Speed": bars(names, speeds, name="eval-speed", xlabel="questions/s"),
+def evaluated_of(given: Sequence[Run], options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The evaluations as the page shows them; None without any."""
+    found = [one.evaluation for one in given if one.evaluation is not None]
+    if not found:
+        return None
+    groupings, precision = options["groupings"], options["precision"]
+    same, grid = evaluated.parted(*evaluated.table(found))
+    shown: dict[str, Any] = {
+        "title": evaluated.title(found), "same": same, "table": grid,
+        "plots": evaluated.plots(found), "differ": evaluated.questions_differ(found),
+        "made_of": {run.directory.name: run.about for run in found},
+    }  # fmt: skip
+    read, problems = [], []
+    for run in found:
+        try:
+            read.append((run, runs.checked(run, examples.of_run)))
+        except DataError as error:
+            problems.append(str(error))
+    labels = runs.names([run for run, _ in read])
+    read = [(run, dataclasses.replace(each, name=name))
+            for (run, each), name in zip(read, labels, strict=True)]  # fmt: skip
+    own = [each for _, each in read]
+    shown["problems"] = problems
+    if not own:
+        return shown
+    payload = explorer.payload(own, groupings)
+    return shown | {
+        "common": evaluated.common(own) if shown["differ"] else None,
+        "differences": evaluated.differences(read, groupings),
+        "mistakes": evaluated.mistakes_of(own), "trust": evaluated.trust(own, precision),
+        "no_answer": evaluated.no_answer(read), "groups": evaluated.groups(own, groupings),
+        "names": [each.name for each in own], "payload": payload,
+        "data": markupsafe_of(explorer.as_script(payload)), "rows": list(explorer.rows(payload)),
     }  # fmt: skip
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The page of some runs."""
+def markupsafe_of(text: str) -> Any:
+    """A text that is HTML already."""
+    import markupsafe
+
+    return markupsafe.Markup(text)  # noqa: S704 (of explorer.as_script)
+
+
+def page(
+    given: Sequence[Run],
+    groupings: Sequence[Grouping] = GROUPINGS,
+    precision: float | None = None,
+) -> str:
+    """The page of some runs.
+
+    Args:
+      given: what is shown.
+      groupings: into which groups questions are put.
+      precision: see `eval.config.TrustOptions`.
+    """
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(HERE),
         autoescape=True, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"shown": shown, "cut": cut}
@@ -175,20 +187,28 @@ def page(runs: Sequence[Run]) -> str:
             "differing": len(run.comparison["disagreements"]),
             "names": [row["name"] for row in there(run.comparison)],
         }
-        for run in runs
+        for run in given
         if run.comparison is not None
     ]
+    script = (HERE / "explorer.js").read_text(encoding="utf-8")
     template = environment.get_template("report.html")
     return template.render(
-        compared=compared, evaluated=evaluations(runs), evaluation_plots=evaluation_plots(runs),
-        probed=[probed(run.name, run.probe) for run in runs if run.probe is not None],
-        trained=[trained(run.name, run.training) for run in runs if run.training is not None],
-        most=MOST_ASSOCIATIONS, number=number,
+        compared=compared,
+        evaluated=evaluated_of(given, {"groupings": groupings, "precision": precision}),
+        probed=[probed(run.name, run.probe) for run in given if run.probe is not None],
+        trained=[trained(run.name, run.training) for run in given if run.training is not None],
+        most=MOST_ASSOCIATIONS, number=number, script=markupsafe_of(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
 
 
-def write(runs: Sequence[Run], path: str | Path) -> None:
+def write(given: Sequence[Run], path: str | Path, **options: Any) -> None:
     """Writes the page.
+
+    Args:
+      given: what is shown.
+      path: of the page.
+      **options: see `page`.
 
     Raises:
       UsageError: the path is a directory, a URL, or below a file.
@@ -196,22 +216,22 @@ def write(runs: Sequence[Run], path: str | Path) -> None:
       TryAgain: the place cannot be written.
     """
     try:
-        content = page(runs)
+        content = page(given, **options)
     except ImportError:
         raise
     except Exception as error:  # damage shows in as many ways as there are columns
         raise DataError(
-            f"the results in {culprit(runs)} are damaged, or of another version: "
+            f"the results in {culprit(given)} are damaged, or of another version: "
             f"{type(error).__name__}: {error}"
         ) from error
     files.write_named(path, content.encode())
 
 
-def culprit(runs: Sequence[Run]) -> str:
+def culprit(given: Sequence[Run]) -> str:
     """The name of the first run that cannot be shown by itself."""
-    for run in runs:
+    for run in given:
         try:
             page([run])
         except Exception:
             return run.name
-    return " and ".join(run.name for run in runs)
+    return " and ".join(run.name for run in given)

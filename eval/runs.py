@@ -139,6 +139,29 @@ def read(directory: str | Path) -> list[Run]:
     raise UsageError(f"{directory} has none of {', '.join(FILES.values())}")
 
 
+def evaluation(directory: str | Path) -> Run:
+    """The evaluation in a directory.
+
+    Raises:
+      UsageError: it has none.
+      DataError: a file is damaged.
+    """
+    for one in read(directory):
+        if one.kind == "eval":
+            return one
+    raise UsageError(f"{directory} has no evaluation: no {FILES['eval']}")
+
+
+def names(found: Sequence[Run]) -> list[str]:
+    """The names of their directories, with as much of the paths as tells them apart."""
+    paths = [files.local(run.directory).absolute().parts for run in found]
+    for count in range(1, max(map(len, paths), default=0) + 1):
+        short = ["/".join(parts[-count:]) for parts in paths]
+        if len(set(short)) == len(short):
+            return short
+    return [f"{parts[-1]} ({number})" for number, parts in enumerate(paths, 1)]
+
+
 def read_json(path: Path, *, lines: bool = False) -> Any:
     """What a file has: a JSON object, or one on each line."""
     try:

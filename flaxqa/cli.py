@@ -40,7 +40,9 @@ from flaxqa.eval.config import (
     CompareConfig,
     EvalConfig,
     FinetuneConfig,
+    GroupOptions,
     ProbeConfig,
+    TrustOptions,
 )
 
 HELP = """Extractive question answering with DistilBERT and BERT on JAX, and the harness that
@@ -50,6 +52,8 @@ measures it.
   flaxqa predict records.jsonl --model MODEL --output answers
   flaxqa eval --config quickstart
   flaxqa score dev-v1.1.json predictions.json
+  flaxqa report runs/eval
+  flaxqa diff runs/main runs/mine --gate
   flaxqa compare --config compare --output runs/compare
   flaxqa finetune --model MODEL --data train.json --output trained
   flaxqa probe --model MODEL --output runs/probe
@@ -58,7 +62,7 @@ measures it.
 MODEL is a directory or a hub id. `flaxqa COMMAND --help` explains a command, `flaxqa info` tells
 what would compute here. --config takes a file, or one of flaxqa's own by its name. Exit codes: 0
 done, 2 bad option or data, 3 done but questions or records were set aside, 4 checkpoint refused, 5
-below --min-f1, 75 try again."""
+below --min-f1 or --gate, 75 try again."""
 
 
 class Unchecked:
@@ -71,7 +75,7 @@ class Unchecked:
 Named = Annotated[str | None, tyro.conf.arg(metavar="FILE")]  # a path, or an object's URL
 NAMED = (
     "config", "context_file", "predictions", "na_prob_file", "out_file", "data", "heldout",
-    "templates",
+    "templates", "calibrate", "group_by",
 )  # fmt: skip
 
 
@@ -243,17 +247,48 @@ class Probe:
     probing: Probing
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report(Unchecked, TrustOptions, GroupOptions):
     """Make one page of the results of any runs of eval, compare, bench, probe and finetune.
 
-    The page is a single HTML file that loads nothing.
+    The page is a single HTML file that loads nothing. Of evaluations it shows every question: with
+    filters, search and the keys j and k; what kinds of mistakes there are; how far scores can be
+    trusted; and of several runs how they differ.
+
+      flaxqa report runs/float32 runs/bfloat16
+      flaxqa report runs/eval --group-by topics.csv --precision 0.9 --output page.html
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Directories that were the --output of a run."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """Where to write the page."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diff(Unchecked, GroupOptions):
+    """Tell whether RUN_B is better or worse than RUN_A, two evaluations of the same questions.
+
+    Shows the differences of exact match and F1 with 95 % bootstrap intervals, paired by question,
+    McNemar's exact test, and each group, and writes the page of both. Piped, the differences are
+    printed as one JSON line. Runs of different questions are refused.
+
+      flaxqa diff runs/float32 runs/bfloat16
+      flaxqa diff runs/main runs/mine --gate
+    """
+
+    run_a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_A")]
+    """Directory that was the --output of an eval."""
+
+    run_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_B")]
+    """Another one."""
+
+    gate: bool = False
+    """Exit code 5 when RUN_B is worse beyond chance: when the whole interval of the difference of
+    exact match or of F1 is below 0."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("diff.html")
     """Where to write the page."""
 
 
@@ -392,6 +427,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], int]]] = {
     "finetune": (Finetune, commands.finetune),
     "probe": (Probe, lambda command: commands.probe(command.probing)),
     "report": (Report, commands.write_report),
+    "diff": (Diff, commands.diff),
     "card": (Card, lambda command: commands.write_card(command, options_of_commands())),
     "export": (Export, commands.write_export),
     "info": (Info, commands.info),

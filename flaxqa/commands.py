@@ -17,7 +17,7 @@ from flaxqa.errors import DataError, GateNotMet, TryAgain, UsageError
 
 if TYPE_CHECKING:
     from flaxqa.batch import Estimate, Summary
-    from flaxqa.cli import Ask, Card, Export, Finetune, Info, Predict, Report, Score
+    from flaxqa.cli import Ask, Card, Diff, Export, Finetune, Info, Predict, Report, Score
     from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig, ProbeConfig
 
 SET_ASIDE = 3
@@ -137,13 +137,35 @@ def compare(config: CompareConfig | BenchConfig) -> int:
 
 
 def write_report(command: Report) -> int:
-    from flaxqa.eval import report
+    from flaxqa.eval import groups, report
 
     needs("the report", "jinja2", "matplotlib")
     if not command.runs:
         raise UsageError("give at least one RUN: the --output of an eval or compare, say")
-    report.write([report.read(one) for one in command.runs], command.output)
+    found = [report.read(one) for one in command.runs]
+    report.write(found, command.output, groupings=groups.read(command.group_by),
+                 precision=command.precision)  # fmt: skip
     print(f"flaxqa: {command.output}", file=sys.stderr)
+    return 0
+
+
+def diff(command: Diff) -> int:
+    from flaxqa.eval import diff, examples, groups, report, runs
+
+    groupings = groups.read(command.group_by)
+    both = [runs.evaluation(one) for one in (command.run_a, command.run_b)]
+    first, second = (runs.checked(one, examples.of_run) for one in both)
+    found = diff.difference(first, second, groupings)
+    print(diff.as_text(found, diff.settings(*both)), file=sys.stderr)
+    if not sys.stdout.isatty():
+        print(json.dumps(found))
+    told = missing("the page", "jinja2", "matplotlib")
+    if told is None:
+        pages = [report.read(one.directory) for one in both]
+        report.write(pages, command.output, groupings=groupings)
+    print(f"flaxqa: {told or command.output}", file=sys.stderr)
+    if command.gate and found["worse"]:
+        raise GateNotMet(f"{command.run_b} is worse than {command.run_a} beyond chance")
     return 0
 
 
@@ -241,6 +263,7 @@ def summary(metrics: dict[str, Any], output: str) -> None:
         f"{metrics['tokens_per_second']:,.0f} tokens/s",
         stages,
         *([carbon.told(metrics["carbon"])] if "carbon" in metrics else []),
+        *trusted(metrics["calibration"]),
         f"results in {output}",
     ]
     if "best_f1" in metrics:
@@ -261,6 +284,24 @@ def summary(metrics: dict[str, Any], output: str) -> None:
             1, f"{metrics['set_aside']} questions set aside, see errors.jsonl; they score 0"
         )
     print("\n".join(lines), file=sys.stderr)
+
+
+def trusted(content: Mapping[str, Any]) -> list[str]:
+    """How far scores can be trusted, a line each."""
+    if not content["answers"]:
+        return []
+    low, high = content["ece_interval"]
+    said = [f"mean score {content['mean_score']:.3f}, right {content['right']:.3f}; calibration "
+            f"error {content['ece']:.3f} ({low:.3f} to {high:.3f})"]  # fmt: skip
+    if "for_precision" in content:
+        found = content["for_precision"]
+        said.append(
+            "no score reaches the precision asked for"
+            if found is None
+            else f"from a score of {found['score']:.4f} on, {found['precision']:.1%} of the "
+            f"answers are right; {found['coverage']:.1%} of the questions have one"
+        )
+    return said
 
 
 def finetune(command: Finetune) -> int:
