@@ -188,9 +188,9 @@ def trust(runs: Sequence[Examples], precision: float | None) -> dict[str, Any]:
     head += [f"for a precision of {precision:g}"] if precision is not None else []
     made: dict[str, str] = {}
     if reliability:
-        reliability["as it should be"] = ([0.0, 1.0], [0.0, 1.0])
         made["Reliability"] = lines(
-            reliability, name="reliability", spread=spread, xlabel="score, mean of a tenth",
+            reliability, name="reliability", spread=spread, diagonal="as it should be",
+            xlabel="score, mean of a tenth",
             ylabel="share of answers that is right",
         )  # fmt: skip
         made["Risk and coverage"] = lines(
@@ -229,11 +229,10 @@ def no_answer(runs: Sequence[tuple[Run, Examples]]) -> dict[str, Any] | None:
         return None
     head = ["run", "area below ROC", "average precision",
             *(f"best {one.label}, at null odds" for one in METRICS.values())]  # fmt: skip
-    roc["by chance"] = ([0.0, 1.0], [0.0, 1.0])
     return {
         "table": (head, rows),
         "plots": {
-            "ROC of no answer": lines(roc, name="roc", xlabel="share of the answerable taken for "
+            "ROC of no answer": lines(roc, name="roc", diagonal="by chance", xlabel="share of the answerable taken for "
                                       "unanswerable", ylabel="share of the unanswerable found"),
             "Precision and recall of no answer": lines(
                 recall, name="recall", xlabel="share of the unanswerable found",

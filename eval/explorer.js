@@ -261,7 +261,7 @@
     right.append("Right: ");
     if (one.a.length) {
       one.a.filter((text, place) => one.a.indexOf(text) === place)
-        .forEach((text) => right.append(isolated(text, "gold"), " "));
+        .forEach((text, place) => right.append(place ? " · " : "", isolated(text, "gold")));
     } else right.append("no answer");
     made.append(right);
     const wrap = make("div", "scroll");
@@ -273,25 +273,27 @@
     const body = table.createTBody();
     one.r.forEach((found, run) => {
       const row = body.insertRow();
-      const cell = (text, cls) => row.append(make("td", cls, text));
-      const name = make("td");
-      name.append(isolated(runs[run], `run run-${run % 10}`));
-      row.append(name);
+      const cell = (...inside) => {
+        const made = make("td");
+        made.dataset.name = names[row.cells.length];
+        made.append(...inside);
+        row.append(made);
+        return made;
+      };
+      cell(isolated(runs[run], `run run-${run % 10}`));
       if (!found) return cell("not asked");
-      const answer = make("td");
-      answer.append(isolated(said(found), verdict(found)));
-      row.append(answer);
+      cell(isolated(said(found), verdict(found)));
       cell(String(100 * found[EM]));
       cell((100 * found[F1]).toFixed(1));
       cell(found[SCORE] === null ? "–" : found[SCORE].toFixed(3));
       if (data.v2) cell(found[ODDS] === null ? "–" : found[ODDS].toFixed(2));
-      cell(found[KIND] < 0 ? "–" : kinds[found[KIND]][1], "text");
+      cell(found[KIND] < 0 ? "–" : kinds[found[KIND]][1]).className = "text";
       cell(String(found[WINDOWS]) + (found[CUT] ? ", question cut" : ""));
-      const others = make("td", "others");
+      const others = cell();
+      others.className = "others";
       found[BEST].slice(1).forEach(([begin, end, score, text]) => {
         others.append(isolated(text ?? contexts[one.c].slice(begin, end)), ` ${score.toFixed(3)}`, make("br"));
       });
-      row.append(others);
     });
     wrap.append(table);
     made.append(wrap);

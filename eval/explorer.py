@@ -187,7 +187,7 @@ def rows(made: Mapping[str, Any]) -> Iterator[list[str]]:
     """The questions as rows of a table, for a browser without JavaScript."""
     kinds = [name for name, _ in made["kinds"]]
     for one in made["questions"]:
-        row = [one["i"], one["q"], " | ".join(one["a"]) or "no answer"]
+        row = [one["i"], one["q"], " | ".join(dict.fromkeys(one["a"])) or "no answer"]
         for found in one["r"]:
             if not found:
                 row += ["not asked", "", ""]

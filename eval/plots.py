@@ -111,8 +111,12 @@ def lines(
     ylabel: str,
     log: tuple[bool, bool] = (False, False),
     spread: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    diagonal: str | None = None,
 ) -> str:
-    """A curve of each series, with an upright line at each point where it has a spread."""
+    """A curve of each series, with an upright line at each point where it has a spread.
+
+    With a name for the `diagonal`, a line from 0 to 1 is behind them.
+    """
     figure, axes = axes_of(3.6, xlabel=xlabel, ylabel=ylabel)
     marks = "osD^v<>PX*"
     for index, (label, (x, y)) in enumerate(series.items()):
@@ -123,6 +127,8 @@ def lines(
         if spread is not None and label in spread:
             low, high = zip(*spread[label], strict=True)
             axes.vlines(x, low, high, color=colour(index), linewidth=1.0)
+    if diagonal is not None:
+        axes.plot((0, 1), (0, 1), ":", color=INK, linewidth=1.0, label=diagonal)
     if log[0]:
         axes.set_xscale("log")
         places = sorted({value for x, _ in series.values() for value in x})
