@@ -232,8 +232,10 @@ def no_answer(runs: Sequence[tuple[Run, Examples]]) -> dict[str, Any] | None:
     return {
         "table": (head, rows),
         "plots": {
-            "ROC of no answer": lines(roc, name="roc", diagonal="by chance", xlabel="share of the answerable taken for "
-                                      "unanswerable", ylabel="share of the unanswerable found"),
+            "ROC of no answer": lines(
+                roc, name="roc", diagonal="by chance",
+                xlabel="share of the answerable taken for unanswerable",
+                ylabel="share of the unanswerable found"),
             "Precision and recall of no answer": lines(
                 recall, name="recall", xlabel="share of the unanswerable found",
                 ylabel="share of what is taken for unanswerable that is"),

@@ -53,11 +53,14 @@ class Prediction(NamedTuple):
 def kind_of(question: SquadExample, given: Prediction) -> str | None:
     """The kind of mistake, one of KINDS; None where it is none."""
     golds = [gold for gold in question.answers if squad.normalize_answer(gold)]
-    if not golds:
-        return "unanswerable" if given.text and not question.answers else None
-    exact = any(squad.exact_match(given.text, gold) for gold in golds)
+    if golds:
+        exact = any(squad.exact_match(given.text, gold) for gold in golds)
+    else:
+        exact = bool(question.answers) or not given.text
     if not exact and given.question_cut:
         return "question_cut"
+    if not golds:
+        return None if exact else "unanswerable"
     if not exact and not given.reachable:
         return "out_of_reach"
     if not given.text.strip():
