@@ -22,7 +22,7 @@ import flaxqa
 from flaxqa import batch, carbon, cli, parts, stores
 from flaxqa.config import CarbonOptions, PredictConfig
 from flaxqa.errors import UsageError
-from flaxqa.eval import api, compare, plots, report, run, summaries
+from flaxqa.eval import api, compare, evaluated, plots, report, run, summaries
 from flaxqa.eval.config import CompareConfig, EvalConfig
 
 MODEL, HELDOUT = str(QUICKSTART / "checkpoint"), str(QUICKSTART / "heldout.json")
@@ -574,10 +574,10 @@ def test_a_table_of_runs_has_energy_where_any_was_measured(fake, tmp_path):
     for name, options in (("a", FRANCE), ("b", {})):
         run.evaluate(quickstart(tmp_path / name, limit=20, **options))
     a, b = (report.read(tmp_path / name) for name in "ab")
-    head, rows = report.evaluations([a, b])
+    head, rows = evaluated.table([a.evaluation, b.evaluation])
     assert head[-3:] == list(carbon.CELLS)
     assert [row[-3:] for row in rows] == [["150", "8.41", "measured"], ["\u2013"] * 3]
     assert "150" in report.page([a, b])
-    head, rows = report.evaluations([b])
+    head, rows = evaluated.table([b.evaluation])
     assert not set(head) & set(carbon.CELLS)
     assert len(rows[0]) == len(head)
