@@ -57,6 +57,16 @@ class GroupOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CostOptions(Options):
+    """What the machine costs. It decides no result."""
+
+    POSITIVE: ClassVar[tuple[str, ...]] = ("dollars_per_hour",)
+
+    dollars_per_hour: float | None = None
+    """Price of an hour of the machine: tells how many questions a dollar answers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrustOptions(Options):
     """What is told of how far scores can be trusted."""
 
@@ -181,7 +191,7 @@ class FinetuneConfig(CarbonOptions, WindowOptions, PlaceOptions, DataOptions, Mo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measurement(GroupOptions, CarbonOptions, Subject):
+class Measurement(GroupOptions, CostOptions, CarbonOptions, Subject):
     """What backends are measured on, and how."""
 
     COUNTS: ClassVar[tuple[str, ...]] = ("rounds", "min_queries", "threads", "width")

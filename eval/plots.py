@@ -146,6 +146,49 @@ def lines(
     return svg(figure, name)
 
 
+def scatter(points: Sequence[Mapping[str, Any]], *, name: str, xlabel: str, ylabel: str) -> str:
+    """A named point each: `x`, `y`, its `interval`, and whether it is `valid`, else hollow.
+
+    A line goes through those of which none is better both ways; x is on a logarithmic scale.
+    """
+    figure, axes = axes_of(4.0, xlabel=xlabel, ylabel=ylabel)
+    best = [one for one in points if one["valid"] and not any(
+        other["valid"] and other["x"] >= one["x"] and other["y"] >= one["y"]
+        and (other["x"], other["y"]) != (one["x"], one["y"]) for other in points)]  # fmt: skip
+    edge = sorted((one["x"], one["y"]) for one in best)
+    axes.plot([x for x, _ in edge], [y for _, y in edge], "-", color=LINE, linewidth=1.4, zorder=0)
+    for index, one in enumerate(points):
+        axes.plot(one["x"], one["y"], "o", color=colour(index), markersize=7,
+                  markerfacecolor=colour(index) if one["valid"] else "none",
+                  label=one["name"] + ("" if one["valid"] else ", INVALID"))  # fmt: skip
+        if one["interval"] is not None:
+            axes.vlines(one["x"], *one["interval"], color=colour(index), linewidth=1.0)
+    axes.set_xscale("log")
+    places = [step * 10**power for power in range(-2, 7) for step in (1, 2, 5)]
+    low, high = (end(one["x"] for one in points) for end in (min, max))
+    axes.set_xlim(low / 1.25, high * 1.25)
+    inside = [place for place in places if low / 1.25 <= place <= high * 1.25]
+    axes.set_xticks(inside, [f"{place:,g}" for place in inside])
+    axes.minorticks_off()
+    axes.grid(color=LINE, linewidth=0.6)
+    legend(axes)
+    return svg(figure, name)
+
+
+def speed_and_quality(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """F1 over the highest throughput of each backend; None of less than two."""
+    points = [
+        {"name": row["name"], "valid": row["verdict"] == "VALID",
+         "x": max(one["questions_per_second"] for one in row["offline"].values()),
+         "y": row["scores"]["f1"]["value"], "interval": row["scores"]["f1"].get("interval")}
+        for row in rows if row["offline"]
+    ]  # fmt: skip
+    if len(points) < 2:
+        return None
+    return scatter(points, name="quality", ylabel="F1, percent; the line is the 95 % interval",
+                   xlabel="questions/s, all at once, in the fastest way of each")  # fmt: skip
+
+
 def legend(axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False,
@@ -157,6 +200,8 @@ def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     names = [row["name"] for row in rows]
     ways = list(dict.fromkeys(way for row in rows for way in row["offline"]))
     made: dict[str, str] = {}
+    if (drawn := speed_and_quality(rows)) is not None:
+        made["Speed and quality"] = drawn
     if ways:
 
         def offline(row: Mapping[str, Any], way: str, *keys: str) -> Any:

@@ -16,14 +16,25 @@ from typing import Any
 from flaxqa import carbon, files
 from flaxqa.errors import DataError
 
-from . import evaluated, examples, explorer, runs
+from . import copies, evaluated, examples, explorer, runs
 from .evaluated import with_interval
 from .groups import GROUPINGS, Grouping
 from .plots import lines, number, plots
 from .probed import MOST_ASSOCIATIONS, probed
 from .runs import Kind
 from .squad import METRICS
-from .summaries import cut, disagreements, shown, summary, table, there
+from .summaries import (
+    by_theme,
+    cut,
+    disagreements,
+    groups,
+    head_of,
+    shown,
+    summary,
+    table,
+    there,
+    title,
+)
 
 HERE = Path(__file__).parent
 POINTS = 100  # of a curve of losses: each the mean of a stretch of steps
@@ -161,6 +172,7 @@ def page(
     given: Sequence[Run],
     groupings: Sequence[Grouping] = GROUPINGS,
     precision: float | None = None,
+    dollars: float | None = None,
 ) -> str:
     """The page of some runs.
 
@@ -168,6 +180,7 @@ def page(
       given: what is shown.
       groupings: into which groups questions are put.
       precision: see `eval.config.TrustOptions`.
+      dollars: see `eval.config.CostOptions`.
     """
     import jinja2
 
@@ -176,16 +189,19 @@ def page(
         autoescape=True, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"shown": shown, "cut": cut}
+    environment.globals |= {"as_markdown": copies.plain_markdown, "as_latex": copies.latex}
     compared = [
         {
             "name": run.name,
             "content": run.comparison,
+            "title": title(run.comparison),
+            "head": head_of(run.comparison),
             "summary": summary(run.comparison),
-            "table": table(run.comparison),
+            "themes": by_theme(*table(run.comparison, dollars)),
             "plots": plots(there(run.comparison)),
             "disagreements": disagreements(run.comparison),
             "differing": len(run.comparison["disagreements"]),
-            "names": [row["name"] for row in there(run.comparison)],
+            "groups": groups(run.comparison),
         }
         for run in given
         if run.comparison is not None

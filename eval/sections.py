@@ -14,6 +14,7 @@ from typing import Any
 from flaxqa.config import Options
 
 from . import summaries
+from .copies import markdown
 from .plots import NOTHING, number
 from .runs import DataSet, Run, last_part
 from .squad import METRICS
@@ -41,13 +42,6 @@ def plain(text: object, *, table: bool = True, longest: int = LONGEST) -> str:
     line = re.sub(r"([\\`*_\[\]~$#])", r"\\\1", line.replace("&", "&amp;"))
     line = line.replace("<", "&lt;").replace(">", "&gt;")
     return line.replace("|", "\\|") if table else line
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are Markdown already."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    lines.insert(1, "|" + "---|" * len(head))
-    return "\n".join(lines)
 
 
 def fenced(code: str, language: str) -> str:
@@ -135,7 +129,7 @@ def evaluation(runs: Sequence[Run], trained_on: frozenset[str] = frozenset()) ->
     return (
         "## Evaluation\n\nExact match (EM) and F1 as SQuAD's official script computes them, in "
         "percent, with 95 % bootstrap intervals over the questions.\n\n"
-        + table(head, rows) + "".join(f"\n\n{note}" for note in notes)
+        + markdown(head, rows) + "".join(f"\n\n{note}" for note in notes)
     )  # fmt: skip
 
 
@@ -200,11 +194,11 @@ def bias(run: Run) -> str:
         parts.append(plain(note, longest=4 * LONGEST))
     rows = [[plain(one["name"]), *(share(one.get(name)) for name in measures)]
             for one in content["sections"]]  # fmt: skip
-    parts.append(table(["probe", *measures.values()], rows))
+    parts.append(markdown(["probe", *measures.values()], rows))
     strongest = [(one, section) for section in content["sections"] for one in strong(section)]
     if strongest:
         parts.append(f"The {STRONGEST} strongest associations of each:")
-        parts.append(table(
+        parts.append(markdown(
             ["probe", "subject", "group", "attribute", GAMMA, "η", "n"],
             [association(one, section) for one, section in strongest],
         ))  # fmt: skip
@@ -251,11 +245,11 @@ def training(run: Run) -> str:
         ["windows", f"{windows['max_length']:,} tokens, {windows['doc_stride']:,} shared"],
         *([plain(name.replace("_", " ")), plain(config[name])] for name in settings),
     ]
-    parts = ["## Training", said, table(["setting", "value"], recipe)]
+    parts = ["## Training", said, markdown(["setting", "value"], recipe)]
     epochs = content.get("epochs") or []
     if epochs:
         parts.append("After each epoch, on the data it was checked on:")
-        parts.append(table(["epoch", "step", "loss", "questions/s", "EM", "F1", "questions"],
+        parts.append(markdown(["epoch", "step", "loss", "questions/s", "EM", "F1", "questions"],
                            [epoch(one) for one in epochs]))  # fmt: skip
     return "\n\n".join(parts)
 
@@ -289,7 +283,7 @@ def carbon(runs: Sequence[Run]) -> str:
     rows = [[name, *(number(one.get(key)) for key in names)] for name, one in used]
     head = ["run", "kWh", "g CO₂e", "kWh per 1,000 questions", "g CO₂e per 1,000 questions"]
     told = [f"{name} {carbon_told(one)}" for name, one in used]
-    return "\n\n".join(["## Carbon", table(head, rows), *dict.fromkeys(told)])
+    return "\n\n".join(["## Carbon", markdown(head, rows), *dict.fromkeys(told)])
 
 
 def carbon_told(used: Mapping[str, Any]) -> str:
@@ -408,7 +402,7 @@ def redo(
               for told, of in versions.items() if told]  # fmt: skip
     rows = [[f"`{name}`", f"`{value}`"] for name, value in hashes.items()]
     rows += [[name, f"`{value}`"] for name, value in data]
-    parts.append(table(["file", "sha256"], rows))
+    parts.append(markdown(["file", "sha256"], rows))
     return "\n\n".join(parts)
 
 

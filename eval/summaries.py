@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flaxqa import carbon
 
+from . import copies
 from .plots import NOTHING, number
+from .runs import last_part
 from .squad import METRICS
 
 SHOWN = 50  # disagreements
@@ -50,6 +52,32 @@ def speed(row: Mapping[str, Any]) -> float:
     return max((float(one["questions_per_second"]) for one in row["offline"].values()), default=0.0)
 
 
+def title(content: Mapping[str, Any]) -> str:
+    """What was compared, on what."""
+    names = list(dict.fromkeys(row["backend"] for row in content["backends"]))
+    many = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
+    return f"{many} on {content['questions']:,} questions of {last_part(content['data']['name'])}"
+
+
+def head_of(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was compared, when and on what, a name and a value each."""
+    data, machine = content["data"], content["machine"]
+    every = data.get("questions")
+    part = f" of {every:,}" if every and every != content["questions"] else ""
+    on = "" if content["device"] == "cpu" else f", {content['device_name']}"
+    dtypes = dict.fromkeys(row["dtype"] for row in content["backends"])
+    found = [
+        ("checkpoint", last_part(content["model"]["name"])),
+        ("data", f"{last_part(data['name'])}, {content['questions']:,}{part} questions"),
+        ("dtypes", ", ".join(dtypes)),
+        ("machine", f"{machine['cpus']} CPUs of {machine['processor']}{on}"),
+        ("measured", str(content["measured"])[:16].replace("T", " ")),
+    ]
+    if content.get("commit"):
+        found.append(("flaxqa", str(content["commit"])[:12]))
+    return found
+
+
 def summary(content: Mapping[str, Any]) -> list[str]:
     """What one would say of it, a sentence each."""
     rows = there(content)
@@ -57,8 +85,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     exact = [row for row in rows if row["dtype"] == "float32"]
     said = [
         f"{len(rows)} of {len(content['backends'])} backends were measured on "
-        f"{content['questions']:,} questions of {content['data']['name']} with "
-        f"{content['model']['name']}, on {content['machine']['cpus']} CPUs of "
+        f"{content['questions']:,} questions of {last_part(content['data']['name'])} with "
+        f"{last_part(content['model']['name'])}, on {content['machine']['cpus']} CPUs of "
         f"{content['machine']['processor']}"
         f"{'' if content['device'] == 'cpu' else ' with ' + content['device_name']}."
     ]
@@ -95,19 +123,29 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     return said
 
 
+Table = tuple[list[str], list[list[str]]]  # the head and the rows
 Cells = list[tuple[str, str]]  # the column and what stands there
 
 
-def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The main table: its head and its rows, as text; a column where any backend has something."""
+def table(
+    content: Mapping[str, Any], dollars: float | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """The main table: its head and its rows, as text; a column where any backend has something.
+
+    Args:
+      content: of comparison.json.
+      dollars: the price of an hour of the machine; what the comparison was told when left out.
+    """
     # Where each computes is said if not all do so on the processor.
     placed = any(row["device"] != "cpu" for row in there(content))
-    measured = [(row, None if "absent" in row else dict(cells(row, placed)))
+    if dollars is None:
+        dollars = content.get("config", {}).get("dollars_per_hour")
+    measured = [(row, None if "absent" in row else dict(cells(row, placed, dollars)))
                 for row in content["backends"]]  # fmt: skip
     longest = max((list(each) for _, each in measured if each), key=len, default=["backend"])
     head = list(dict.fromkeys([*longest, *(name for _, each in measured for name in each or ())]))
     order = {name: place for place, name in enumerate(COLUMNS)}
-    head.sort(key=lambda name: order.get(name.partition(",")[0], len(order)))
+    head.sort(key=lambda name: order.get(column(name), len(order)))
     rows = []
     for row, each in measured:
         if each is None:
@@ -118,26 +156,68 @@ def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
+def column(name: str) -> str:
+    """The column of COLUMNS that one is, whatever the way."""
+    return name.partition(",")[0]
+
+
+def by_theme(head: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The main table in parts that fit a page, each with the backend; those with something."""
+    found = {}
+    known = {name for names in THEMES.values() for name in names}
+    for theme, names in THEMES.items():
+        places = [
+            place
+            for place, name in enumerate(head)
+            if column(name) in names or (theme == "Answers" and column(name) not in known)
+        ]
+        if any(head[place] not in ("backend", "on", "verdict") for place in places):
+            first = [
+                head.index("backend"),
+                *(place for place in places if head[place] != "backend"),
+            ]
+            found[theme] = ([head[place] for place in first],
+                            [[row[place] for place in first] for row in rows])  # fmt: skip
+    return found
+
+
 COLUMNS = (
     "backend", "on", "verdict", *(one.label for one in METRICS.values()), "questions/s",
-    "useful TFLOP/s", "Wh/1,000", "host", "step TFLOP/s", "start cold", "start", "p50", "p99",
-    "served/s", "same answers", "logits apart", f"F1 {MINUS} reference", "load", "first call",
-    "memory", "device memory",
+    "useful TFLOP/s", "Wh/1,000", "questions/s per W", "questions/$", "host", "step TFLOP/s",
+    "start cold", "start", "p50", "p99", "served/s", "same answers", "logits apart",
+    f"F1 {MINUS} reference", "load", "first call", "memory", "device memory",
 )  # fmt: skip
 
 
-def cells(row: Mapping[str, Any], placed: bool) -> Cells:
+THEMES = {
+    "Answers": ("backend", "on", "verdict", *(one.label for one in METRICS.values()),
+                "same answers", "logits apart", f"F1 {MINUS} reference"),
+    "Throughput": ("questions/s",),
+    "Use of the machine": ("useful TFLOP/s", "step TFLOP/s", "host"),
+    "Energy and cost": ("Wh/1,000", "questions/s per W", "questions/$"),
+    "Latency": ("p50", "p99", "served/s"),
+    "Start and memory": ("start cold", "start", "load", "first call", "memory", "device memory"),
+}  # fmt: skip
+
+
+def cells(row: Mapping[str, Any], placed: bool, dollars: float | None) -> Cells:
     """What the table says of a backend that was measured."""
     f1 = row["scores"]["f1"]
     found: Cells = [("backend", row["name"]), *([("on", row["device"])] if placed else []),
                     ("verdict", row["verdict"])]  # fmt: skip
-    found += [(METRICS[name].label, f"{one['value']:.2f}") for name, one in row["scores"].items()]
+    found += [(METRICS[name].label, scored(one)) for name, one in row["scores"].items()]
     for way, one in row["offline"].items():
         spread = f"{number(one['lowest'])} to {number(one['highest'])}"
         found.append((f"questions/s, {way}", f"{number(one['questions_per_second'])} ({spread})"))
         found.append((f"useful TFLOP/s, {way}", useful(one)))
         if "kwh_per_1000_questions" in one:
-            found.append((f"Wh/1,000, {way}", number(1_000 * one["kwh_per_1000_questions"])))
+            kwh = one["kwh_per_1000_questions"]
+            found.append((f"Wh/1,000, {way}", number(1_000 * kwh)))
+            per_joule = 1_000 / (3.6e6 * kwh) if kwh else None
+            found.append((f"questions/s per W, {way}", number(per_joule)))
+        if dollars:
+            per_dollar = one["questions_per_second"] * 3_600 / dollars
+            found.append((f"questions/$, {way}", f"{per_dollar:,.0f}"))
         if one["host_share"] is not None:
             found.append((f"host, {way}", f"{one['host_share']:.1%}"))
     if row["step"] is not None:
@@ -163,6 +243,13 @@ def cells(row: Mapping[str, Any], placed: bool) -> Cells:
     return found
 
 
+def scored(one: Mapping[str, Any]) -> str:
+    """A score with its 95 % interval, where it has one."""
+    if "interval" not in one:
+        return f"{one['value']:.2f}"
+    return f"{one['value']:.2f} ({one['interval'][0]:.2f} to {one['interval'][1]:.2f})"
+
+
 def useful(offline: Mapping[str, Any]) -> str:
     """The rate of multiplications and additions that answers need, and its share of a product's."""
     share = offline["share_of_products"]
@@ -170,16 +257,28 @@ def useful(offline: Mapping[str, Any]) -> str:
     return rate if share is None else f"{rate} ({share:.0%})"
 
 
+def groups(content: Mapping[str, Any]) -> dict[str, Table]:
+    """EM and F1 of each backend by groups of questions; what there is less of is side by side."""
+    names, found = [row["name"] for row in there(content)], {}
+    for by, rows in content["groups"].items():
+        cells = [[" / ".join(f"{value:.1f}" for value in row["scores"][name].values())
+                  for name in names] for row in rows]  # fmt: skip
+        labels, counts = [row["group"] for row in rows], [f"{row['questions']:,}" for row in rows]
+        if len(rows) < len(names):
+            columns = [
+                [names[place], *(row[place] for row in cells)] for place in range(len(names))
+            ]
+            found[by] = ([by, *labels], [["questions", *counts], *columns])
+        else:
+            both = zip(labels, counts, cells, strict=True)
+            found[by] = ([by, "questions", *names], [[label, n, *row] for label, n, row in both])
+    return found
+
+
 def markdown(content: Mapping[str, Any]) -> str:
     """A summary for a README."""
-    head, rows = table(content)
-
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
     said = "\n".join(f"- {sentence}" for sentence in summary(content))
-    lines = [line(head), "|" + "---|" * len(head), *(line(row) for row in rows)]
-    return said + "\n\n" + "\n".join(lines) + "\n"
+    return said + "\n\n" + copies.plain_markdown(*table(content)) + "\n"
 
 
 # --- texts of the data ---

@@ -16,8 +16,8 @@ from flaxqa.config import AnswerOptions, ModelOptions, ReaderOptions
 from flaxqa.errors import DataError, GateNotMet, TryAgain, UsageError
 
 if TYPE_CHECKING:
+    from flaxqa.arguments import Ask, Card, Diff, Export, Finetune, Info, Predict, Report, Score
     from flaxqa.batch import Estimate, Summary
-    from flaxqa.cli import Ask, Card, Diff, Export, Finetune, Info, Predict, Report, Score
     from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig, ProbeConfig
 
 SET_ASIDE = 3
@@ -144,7 +144,7 @@ def write_report(command: Report) -> int:
         raise UsageError("give at least one RUN: the --output of an eval or compare, say")
     found = [report.read(one) for one in command.runs]
     report.write(found, command.output, groupings=groups.read(command.group_by),
-                 precision=command.precision)  # fmt: skip
+                 precision=command.precision, dollars=command.dollars_per_hour)  # fmt: skip
     print(f"flaxqa: {command.output}", file=sys.stderr)
     return 0
 

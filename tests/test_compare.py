@@ -294,10 +294,10 @@ def test_speeds_on_different_devices_are_no_ratio():
 def test_paired_differences_have_narrower_intervals_than_the_scores():
     rng = np.random.default_rng(0)
     own = rng.random(400)
-    found = results.difference_interval(own, own - 0.01)
+    found = squad.difference_interval(own, own - 0.01)
     assert found["difference"] == pytest.approx(1.0)
     assert found["difference_interval"] == pytest.approx((1.0, 1.0))
-    low, high = results.difference_interval(own, rng.random(400))["difference_interval"]
+    low, high = squad.difference_interval(own, rng.random(400))["difference_interval"]
     assert low < 0 < high
 
 

@@ -174,7 +174,7 @@ def test_the_page_loads_nothing(page):
 
 def test_plots_are_there_in_the_colours_of_the_page(page):
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(drawings) == 7
+    assert len(drawings) == 8
     for drawing in drawings:
         ElementTree.fromstring(drawing)  # noqa: S314 (our own)
         assert "var(--ink)" in drawing
@@ -236,7 +236,7 @@ def test_runs_of_eval_come_in_a_table_and_in_plots(tmp_path, content, capsys):
     names = [str(tmp_path / name) for name in ("first", "second", "third")]
     assert cli.run(["report", *names, "--output", str(page)]) == 0
     text = "".join(Reader(page.read_text()).text)
-    assert page.read_text().count("<svg") == 7 + 4
+    assert page.read_text().count("<svg") == 8 + 4
     metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
     low, high = metrics["f1_interval"]
     assert text.count(f"{metrics['f1']:.2f} ({low:.2f} to {high:.2f})") == 2
