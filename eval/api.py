@@ -17,6 +17,7 @@ from typing import Any
 
 from flaxqa import show
 from flaxqa.config import takes
+from flaxqa.errors import UsageError
 from flaxqa.progress import Silence, TerminalProgress
 from flaxqa.records import Columns
 
@@ -170,6 +171,8 @@ def prepared(
     data: Any, output: str | Path | None, options: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, Any]]:
     """What `data` is called, where the files go, and the questions if they are there already."""
+    if output is None and options.get("log"):
+        raise UsageError("log keeps files beside the results: give an output")
     given, name = None, str(data)
     if not isinstance(data, (str, Path)):
         given = questions.from_rows(data, Columns.of(options.get("columns", {})))

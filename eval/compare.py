@@ -40,7 +40,7 @@ from flaxqa import carbon, features, files
 from flaxqa.errors import UsageError
 from flaxqa.progress import Progress, Silence
 
-from . import backend, backends, environment, groups, questions
+from . import backend, backends, environment, groups, questions, trackers
 from .config import BenchConfig, CompareConfig
 from .results import AUDITS, FASTER, Contestant, Results, finite, percentile
 from .runner import Job
@@ -247,7 +247,19 @@ def compare(
       UsageError, DataError, ModelRejected: before anything is measured; see there.
       TryAgain: the output cannot be written, or the hub cannot be reached.
     """
-    progress = progress or Silence()
+    trackers.check(config, config.output)
+    content = compared(config, progress or Silence(), given)
+    trackers.log(config, lambda: trackers.Results(
+        files.local(config.output), dataclasses.asdict(config), trackers.of_backends(content),
+        files=("comparison.json",),
+    ))  # fmt: skip
+    return content
+
+
+def compared(
+    config: CompareConfig | BenchConfig, progress: Progress, given: Given
+) -> dict[str, Any]:
+    """As `compare`, without trackers."""
     chosen = [parsed(name) for name in config.backends]
     if not chosen or len(set(chosen)) < len(chosen):
         raise UsageError(f"backends are {config.backends}: at least one, and none of them twice")

@@ -46,6 +46,15 @@ class Subject(DataOptions, ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LogOptions(Options):
+    """Which experiment trackers are told of the results. They decide none."""
+
+    log: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] = ()
+    """Tell these trackers, through their own packages and offline: trackio where it keeps its runs,
+    the others in --output, unless MLFLOW_TRACKING_URI or WANDB_MODE say otherwise."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupOptions(Options):
     """Into which groups questions are put."""
 
@@ -78,7 +87,7 @@ class TrustOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig(TrustOptions, CarbonOptions, ScoreOptions, ReaderOptions, Subject):
+class EvalConfig(LogOptions, TrustOptions, CarbonOptions, ScoreOptions, ReaderOptions, Subject):
     """One evaluation of a checkpoint on questions with right answers."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("calibrate",)
@@ -114,7 +123,9 @@ class EvalConfig(TrustOptions, CarbonOptions, ScoreOptions, ReaderOptions, Subje
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(CarbonOptions, WindowOptions, PlaceOptions, DataOptions, ModelOptions):
+class FinetuneConfig(
+    LogOptions, CarbonOptions, WindowOptions, PlaceOptions, DataOptions, ModelOptions
+):
     """One training of a checkpoint on questions with right answers."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("data", "heldout", "teacher", "cache_teacher", "output")
@@ -191,7 +202,7 @@ class FinetuneConfig(CarbonOptions, WindowOptions, PlaceOptions, DataOptions, Mo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measurement(GroupOptions, CostOptions, CarbonOptions, Subject):
+class Measurement(LogOptions, GroupOptions, CostOptions, CarbonOptions, Subject):
     """What backends are measured on, and how."""
 
     COUNTS: ClassVar[tuple[str, ...]] = ("rounds", "min_queries", "threads", "width")

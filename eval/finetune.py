@@ -13,6 +13,7 @@ run is complete.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -32,7 +33,7 @@ from flaxqa.errors import ModelRejected, UsageError
 from flaxqa.progress import Progress, Silence
 from flaxqa.training import Batch, State, Told
 
-from . import run
+from . import run, trackers
 from .config import EvalConfig, FinetuneConfig
 from .preparation import CHECKPOINT, ERRORS, LOG, MANIFEST, STATE, TEACHER, Work
 from .squad import METRICS
@@ -52,7 +53,18 @@ def finetune(
       UsageError, DataError, ModelRejected: before anything is computed; see there.
       TryAgain: the output cannot be written, or the hub cannot be reached.
     """
-    progress = progress or Silence()
+    trackers.check(config, config.output)
+    content = trained(config, progress or Silence(), restart)
+    output = files.local(config.output)
+    trackers.log(config, lambda: trackers.Results(
+        output, dataclasses.asdict(config), files=(MANIFEST, LOG),
+        **trackers.of_training(content, list(whole_lines(output / LOG))),
+    ))  # fmt: skip
+    return content
+
+
+def trained(config: FinetuneConfig, progress: Progress, restart: bool) -> dict[str, Any]:
+    """As `finetune`, without trackers."""
     output = files.writable_directory(config.output)
     use_compilation_cache()
     with parts.held(output / parts.LOCK, fcntl.LOCK_EX):

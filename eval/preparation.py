@@ -38,6 +38,7 @@ LATER = (
     *(field.name for kind in (ModelOptions, DataOptions) for field in dataclasses.fields(kind)),
     "data", "limit", "teacher",
     "output", "stop_after", "save_every", "cache_teacher", "heldout", "carbon", "country", "grid",
+    "log",
 )  # fmt: skip
 
 

@@ -34,10 +34,11 @@ from flaxqa.profile import Profile
 from flaxqa.progress import Progress, Silence
 from flaxqa.reader import Reader, Spent
 
-from . import calibration, environment, examples, mistakes, questions, runs, squad
+from . import calibration, environment, examples, mistakes, questions, runs, squad, trackers
 from .config import EvalConfig
 from .questions import Data, SquadExample
 
+SCHEMA_VERSION = 1  # of metrics.json; another one where a field is changed or removed
 PACKAGES = ("flaxqa", "jax", "jaxlib", "flax", "numpy", "tokenizers", "safetensors")
 
 
@@ -57,8 +58,14 @@ def evaluate(
       UsageError, DataError, ModelRejected: before anything is computed; see there.
       TryAgain: the output cannot be written, or the hub cannot be reached.
     """
+    trackers.check(config, config.output)
     with carbon.Meter(config) as meter:
-        return evaluated(config, progress or Silence(), given, meter)
+        metrics = evaluated(config, progress or Silence(), given, meter)
+    trackers.log(config, lambda: trackers.Results(
+        files.local(config.output), dataclasses.asdict(config), trackers.numbers(metrics),
+        files=("metrics.json", "run.json", "predictions.json"),
+    ))  # fmt: skip
+    return metrics
 
 
 def evaluated(
@@ -208,7 +215,7 @@ def scored(
 def run_key(run: dict[str, Any]) -> str:
     """A hash of everything that decides an answer: a resumed run must have the same."""
     later = ("output", "min_f1", "null_score_diff_threshold", "profile", "carbon", "country",
-             "grid", "precision")  # these decide no row  # fmt: skip
+             "grid", "precision", "log")  # these decide no row  # fmt: skip
     config = {k: v for k, v in run["config"].items() if k not in later}
     model = {k: v for k, v in run["model"].items() if k != "directory"}
     decides = {**run, "config": config, "model": model}
@@ -407,6 +414,7 @@ def results(
 ) -> dict[str, Any]:
     """The scores and speeds of a run: the content of `metrics.json`, but for its last fields."""
     return {
+        "schema_version": SCHEMA_VERSION,
         **scores.means,
         **{f"{name}_interval": interval for name, interval in scores.intervals().items()},
         "confidence": 0.95,

@@ -226,7 +226,11 @@ class Report(Unchecked, TrustOptions, GroupOptions, CostOptions):
     """Directories that were the --output of a run."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """Where to write the page."""
+    """Where to write the page, or the folder for another format."""
+
+    format: Literal["page", "lm-eval"] = "page"
+    """lm-eval writes the evaluations as EleutherAI's lm-evaluation-harness writes its results and
+    samples, into a folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -139,13 +139,26 @@ def compare(config: CompareConfig | BenchConfig) -> int:
 def write_report(command: Report) -> int:
     from flaxqa.eval import groups, report
 
-    needs("the report", "jinja2", "matplotlib")
     if not command.runs:
         raise UsageError("give at least one RUN: the --output of an eval or compare, say")
+    if command.format == "lm-eval":
+        return export_results(command)
+    needs("the report", "jinja2", "matplotlib")
     found = [report.read(one) for one in command.runs]
     report.write(found, command.output, groupings=groups.read(command.group_by),
                  precision=command.precision, dollars=command.dollars_per_hour)  # fmt: skip
     print(f"flaxqa: {command.output}", file=sys.stderr)
+    return 0
+
+
+def export_results(command: Report) -> int:
+    """Writes evaluations as another tool's results."""
+    from flaxqa.eval import lm_eval, runs
+
+    if command.output.suffix == ".html":
+        raise UsageError(f"--format {command.format} needs a folder: --output DIR")
+    for path in lm_eval.export([runs.evaluation(one) for one in command.runs], command.output):
+        print(f"flaxqa: {path}", file=sys.stderr)
     return 0
 
 

@@ -1,0 +1,125 @@
+"""An evaluation in the result format of EleutherAI's lm-evaluation-harness.
+
+Source of the layout: lm_eval/loggers/evaluation_tracker.py and lm_eval/evaluator.py of
+https://github.com/EleutherAI/lm-evaluation-harness, version 0.4.9. Metrics are from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxqa import files
+
+from . import examples, runs
+from .examples import Examples
+from .runs import Run
+
+FILTER = "none"
+TASK_VERSION = 1.0
+
+
+def export(found: Sequence[Run], output: str | Path) -> list[Path]:
+    """Writes results_DATE.json and samples_TASK_DATE.jsonl of each run, in a folder by its model.
+
+    Raises:
+      DataError: a run's files are damaged, or of a flaxqa that did not keep contexts.
+      TryAgain: the output cannot be written.
+    """
+    written: list[Path] = []
+    for run in found:
+        asked = runs.checked(run, examples.of_run)
+        samples = samples_of(run, asked)
+        content = results_of(run, asked, samples)
+        folder = files.writable_directory(Path(output) / content["model_name_sanitized"])
+        # Runs that began in the same second get names of their own.
+        dates = (content["started"] + (f".{n:06d}" if n else "") for n in range(len(found)))
+        date = next(one for one in dates if folder / f"results_{one}.json" not in written)
+        del content["started"]
+        task = task_of(asked)
+        lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples)
+        for name, text in (
+            (f"samples_{task}_{date}.jsonl", lines),
+            (f"results_{date}.json", json.dumps(content, indent=2, ensure_ascii=False)),
+        ):
+            files.write_whole(folder / name, text.encode())
+            written.append(folder / name)
+    return written
+
+
+def task_of(asked: Examples) -> str:
+    return f"flaxqa_squad_v{'2.0' if asked.v2 else '1.1'}"
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def samples_of(run: Run, asked: Examples) -> list[dict[str, Any]]:
+    """A sample a question, as the harness logs them."""
+    made = []
+    for place, question in enumerate(asked.questions):
+        doc = {
+            "id": question.id, "context": question.context, "question": question.question,
+            "answers": {"text": list(question.answers), "answer_start": list(question.starts)},
+        }  # fmt: skip
+        prompt = f"{question.context}\n\n{question.question}"
+        target, said = json.dumps(list(question.answers)), asked.predictions[place] or ""
+        made.append({
+            "doc_id": place, "doc": doc, "target": target,
+            "arguments": {"gen_args_0": {"arg_0": prompt}},
+            "resps": [[said]], "filtered_resps": [said], "filter": FILTER,
+            "metrics": list(asked.scores.values), "doc_hash": digest(json.dumps(doc, indent=2)),
+            "prompt_hash": digest(prompt), "target_hash": digest(target),
+            **{name: float(each[place]) for name, each in asked.scores.values.items()},
+        })  # fmt: skip
+    return made
+
+
+def results_of(run: Run, asked: Examples, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The file of results, and the date that is in its name."""
+    about, task, n = run.about, task_of(asked), len(asked.questions)
+    config, started = about["config"], datetime.fromisoformat(about["started"])
+    seconds = (datetime.fromisoformat(about["finished"]) - started).total_seconds()
+    scores: dict[str, Any] = {"alias": task}
+    for name, values in asked.scores.values.items():
+        own = np.asarray(values, float)
+        scores[f"{name},{FILTER}"] = float(own.mean())
+        # The standard error of the mean, as the harness gives it.
+        scores[f"{name}_stderr,{FILTER}"] = float(own.std(ddof=1) / n**0.5) if n > 1 else "N/A"
+    name = str(config["model"])
+    hashes = "".join(one["doc_hash"] + one["prompt_hash"] + one["target_hash"] for one in samples)
+    return {
+        "results": {task: scores},
+        "group_subtasks": {task: []},
+        "configs": {task: {
+            "task": task, "dataset_path": about["data"]["name"], "output_type": "span",
+            "metric_list": [{"metric": one, "aggregation": "mean", "higher_is_better": True}
+                            for one in asked.scores.values],
+            "num_fewshot": 0, "metadata": {"version": TASK_VERSION},
+        }},
+        "versions": {task: TASK_VERSION},
+        "n-shot": {task: 0},
+        "higher_is_better": {task: dict.fromkeys(asked.scores.values, True)},
+        "n-samples": {task: {"original": int(about["data"]["questions"]), "effective": n}},
+        "config": {
+            "model": "flaxqa",
+            "model_args": f"pretrained={name},dtype={about['platform']['dtype']}",
+            "batch_size": None, "device": about["platform"]["backend"], "limit": config["limit"],
+            "bootstrap_iters": 0,
+        },
+        "git_hash": about.get("commit"), "date": started.timestamp(),
+        "task_hashes": {task: digest(hashes)},
+        "model_source": "flaxqa", "model_name": name,
+        "model_name_sanitized": re.sub(r"[\"<>:/|\\?*\[\]]+", "__", name),
+        "start_time": started.timestamp(), "end_time": started.timestamp() + seconds,
+        "total_evaluation_time_seconds": str(seconds),
+        "started": started.isoformat().replace(":", "-"),
+    }  # fmt: skip

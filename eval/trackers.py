@@ -1,0 +1,199 @@
+"""Results into experiment trackers, by their own packages and, unless told otherwise, offline.
+
+Each is told the config, every number of the results, and the curves of a training; the small files
+of results go along where the tracker keeps files. A tracker that fails costs no result: they are
+written first, and what went wrong is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flaxqa import stores
+from flaxqa.errors import UsageError
+
+from .config import LogOptions
+
+PROJECT = "flaxqa"
+LARGEST = 50_000_000  # bytes of a file that goes along
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What is told of a run.
+
+    Attributes:
+      output: the directory of the run.
+      config: what was asked for.
+      metrics: every number by its name, parts of it with slashes.
+      curves: numbers at a step each.
+      files: names of files of results, in the output.
+    """
+
+    output: Path
+    config: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    curves: Sequence[tuple[int, Mapping[str, float]]] = ()
+    files: Sequence[str] = ()
+
+    @property
+    def name(self) -> str:
+        return self.output.absolute().name
+
+    @property
+    def kept(self) -> list[Path]:
+        """The files that are there and not too large."""
+        paths = [self.output / name for name in self.files]
+        return [path for path in paths if path.is_file() and path.stat().st_size <= LARGEST]
+
+
+def numbers(content: Any, before: str = "") -> dict[str, float]:
+    """Every number of nested objects by its name; those in lists are left out."""
+    found: dict[str, float] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{before}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[before + name] = float(value)
+    return found
+
+
+def of_backends(content: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a comparison, by backend."""
+    found: dict[str, float] = {}
+    for row in content["backends"]:
+        found |= numbers(row, f"{row['name']}/")
+    return found
+
+
+def of_training(content: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a training tells: its last epoch, and its curves."""
+    curves = [(int(one["step"]), numbers(one, "train/")) for one in log]
+    curves += [(int(one["step"]), numbers(one, "epoch/")) for one in content["epochs"]]
+    last = content["epochs"][-1] if content["epochs"] else {}
+    return {"metrics": numbers(last), "curves": sorted(curves, key=lambda each: each[0])}
+
+
+# ------------------------------------------------------------------------------------ each of them
+
+
+def tensorboard(results: Results) -> str:
+    from tensorboardX import SummaryWriter
+
+    folder = results.output / "tensorboard"
+    with SummaryWriter(str(folder)) as writer:
+        rows = "".join(f"| {name} | {value} |\n" for name, value in results.config.items())
+        writer.add_text("config", f"| option | value |\n|---|---|\n{rows}")
+        for step, values in results.curves or [(0, results.metrics)]:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+    return f"tensorboard --logdir {folder}"
+
+
+def mlflow(results: Results) -> str:
+    import mlflow as tracker
+
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    database = results.output.absolute() / "mlflow.db"
+    where = given or f"sqlite:///{database}"
+    tracker.set_tracking_uri(where)
+    if tracker.get_experiment_by_name(PROJECT) is None:
+        place = None if given else (results.output.absolute() / "mlartifacts").as_uri()
+        tracker.create_experiment(PROJECT, artifact_location=place)
+    tracker.set_experiment(PROJECT)
+    with tracker.start_run(run_name=results.name):
+        tracker.log_params({name: str(value) for name, value in results.config.items()})
+        for step, values in [*results.curves, (None, results.metrics)]:
+            tracker.log_metrics(dict(values), step=step)
+        for path in results.kept:
+            tracker.log_artifact(str(path))
+    return f"mlflow ui --backend-store-uri {where}"
+
+
+def wandb(results: Results) -> str:
+    import wandb as tracker
+
+    mode = os.environ.get("WANDB_MODE", "offline")
+    run = tracker.init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=results.name,
+                       config=dict(results.config), dir=str(results.output), mode=mode)  # fmt: skip
+    for step, values in results.curves:
+        run.log(dict(values), step=step)
+    run.summary.update(dict(results.metrics))
+    if results.kept:
+        kept = tracker.Artifact("results", type="results")
+        for path in results.kept:
+            kept.add_file(str(path))
+        run.log_artifact(kept)
+    run.finish()
+    return f"wandb sync {results.output / 'wandb'}" if mode == "offline" else "wandb has the run"
+
+
+def trackio(results: Results) -> str:
+    import trackio as tracker
+
+    tracker.init(project=PROJECT, name=results.name, config=dict(results.config))
+    for step, values in [*results.curves, (None, results.metrics)]:
+        tracker.log(dict(values), step=step)
+    tracker.finish()
+    return f"trackio show --project {PROJECT}"
+
+
+class Tracker(NamedTuple):
+    """One of them.
+
+    Attributes:
+      package: that has to be installed.
+      log: tells it of a run; gives how to look at it.
+    """
+
+    package: str
+    log: Callable[[Results], str]
+
+
+TRACKERS = {
+    "tensorboard": Tracker("tensorboardX", tensorboard),
+    "mlflow": Tracker("mlflow", mlflow),
+    "wandb": Tracker("wandb", wandb),
+    "trackio": Tracker("trackio", trackio),
+}
+
+
+def check(options: LogOptions, output: str) -> None:
+    """Raises: UsageError: a tracker is not installed, or the output is in an object store."""
+    if options.log and stores.is_url(output):
+        raise UsageError("--log keeps files of its own beside the results, so the output must be "
+                         f"a directory here, not {output}")  # fmt: skip
+    for name in options.log:
+        package = TRACKERS[name].package
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"--log {name} needs {package}, which this Python does not have: "
+                f"pip install 'flaxqa[{name}]'"
+            )
+
+
+def log(options: LogOptions, results: Callable[[], Results]) -> None:
+    """Tells all trackers that were asked for, each by itself."""
+    for name in dict.fromkeys(options.log):
+        try:
+            with output_on_stderr():
+                told = TRACKERS[name].log(results())
+        except Exception as error:
+            print(f"flaxqa: {name} could not log the run, whose results are written: "
+                  f"{type(error).__name__}: {error}", file=sys.stderr)  # fmt: skip
+        else:
+            print(f"flaxqa: logged; {told}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def output_on_stderr() -> Iterator[None]:
+    """What trackers print does not get between results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
