@@ -86,7 +86,9 @@ def evaluated(
     load_seconds = time.perf_counter() - loading
     meter.covers(loaded.predictor.devices[0].platform)
     run = describe(config, loaded, data, source)
-    temperature = run["temperature"] = fitted(config, loaded, output, progress)
+    fit = fitted(config, loaded, output, progress)
+    temperature = run["temperature"] = fit["temperature"] if fit else config.temperature
+    run["calibration"] = fit
     with Partial(output / ".partial.jsonl", run_key(run)) as partial:
         resumed = len(partial.rows)
         progress.begin(len(data.questions), resumed)
@@ -239,19 +241,21 @@ def decoder(config: EvalConfig, temperature: float) -> Decoder:
     return Decoder.best(config.decoder, config.n_best, **options)
 
 
-def fitted(config: EvalConfig, loaded: Reader, output: Path, progress: Progress) -> float:
-    """The temperature of a run: the one asked for, or fitted to --calibrate.
+def fitted(
+    config: EvalConfig, loaded: Reader, output: Path, progress: Progress
+) -> dict[str, Any] | None:
+    """The temperature that is fitted to --calibrate, and to which questions; None without it.
 
     What was fitted is kept in `calibration.json`, and taken from there by a run that goes on.
     """
     kept = output / "calibration.json"
     if config.calibrate is None:
         kept.unlink(missing_ok=True)
-        return config.temperature
+        return None
     data, source = questions.read_with_source(config.calibrate, config)
     key = run_key(describe(config, loaded, data, source))
     if kept.is_file() and (before := runs.read_json(kept)).get("key") == key:
-        return float(before["temperature"])
+        return dict(before)
     progress.begin(len(data.questions), 0, "calibrating")
     collector = calibration.Collector(decoder(config, 1.0))
     rows: list[Answers] = []
@@ -265,7 +269,7 @@ def fitted(config: EvalConfig, loaded: Reader, output: Path, progress: Progress)
     temperature = collector.fit(dict(zip(scores.ids, right, strict=True)))
     content = {"key": key, "temperature": temperature, "questions": len(right), "data": source}
     files.write_whole(kept, as_json(content))
-    return temperature
+    return content
 
 
 def kinds_of(

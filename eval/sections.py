@@ -112,6 +112,21 @@ def evaluation_notes(run: Run, trained_on: frozenset[str]) -> list[str]:
             for kind, told in kinds.items() if f"{kind}_f1" in metrics]  # fmt: skip
     if told:
         said.append(f"{name}: of the questions {'; of those '.join(told)}.")
+    trust, fit = metrics.get("calibration") or {}, run.about.get("calibration")
+    if trust.get("answers"):
+        low, high = trust["ece_interval"]
+        said.append(
+            f"{name}: the mean score of an answer is {trust['mean_score']:.3f}, and the share of "
+            f"answers that is exactly right {trust['right']:.3f}; expected calibration error "
+            f"{trust['ece']:.3f} ({low:.3f} to {high:.3f})."
+        )
+    if fit:
+        where = plain(last_part(fit["data"]["name"]))
+        said.append(
+            f"These scores are with a temperature of {fit['temperature']:.4f}, fitted to "
+            f"{fit['questions']:,} questions of {where}: `flaxqa ask --temperature "
+            f"{fit['temperature']:.4f}` takes it, and so do `predict` and `eval`."
+        )
     return said
 
 
