@@ -8,12 +8,13 @@ TORCH := torch==2.13.0
 LOCK := --quiet --universal --python-version 3.11 --no-header --no-emit-index-url \
   --no-emit-find-links --upgrade
 
-.PHONY: help eval test slow bench bench-gpu precision sanitize fuzz tpu docs lint types check lock clean
+.PHONY: help eval test slow browser bench bench-gpu precision sanitize fuzz tpu docs lint types check lock clean
 
 help:
 	@echo "make eval    set up and score the quickstart checkpoint on its held-out questions"
 	@echo "make test    set up and run the tests"
 	@echo "make slow    the longest tests: dozens of kills, a fault at every request, Ray; 10 minutes"
+	@echo "make browser  set up playwright and try the page of results in this machine's Chromium"
 	@echo "make bench   set up other engines and measure flaxqa beside them; 20 minutes on 2 cores"
 	@echo "make bench-gpu  the same on this machine's accelerator, beside torch; 8 minutes on an H100"
 	@echo "make precision  what bfloat16 and float8 cost in EM and F1; 8 minutes on 2 cores"
@@ -33,6 +34,9 @@ test: .venv/.test
 
 slow: .venv/.test
 	$(BIN)/python -m pytest -m slow
+
+browser: .venv/.browser
+	PYTHONPATH=.venv/browser $(BIN)/python -m pytest -m browser
 
 bench: .venv/.bench
 	$(BIN)/flaxqa compare --config bench $(SUBJECT)
@@ -100,6 +104,11 @@ NATIVE := $(addprefix flaxqa/native/,build.py encoder.cc encoder.h ffi.cc)
 	$(BIN)/python -m venv .venv/docs
 	.venv/docs/bin/python -m pip --disable-pip-version-check install --quiet \
 	  --requirement requirements-docs.lock
+	@touch $@
+
+# Beside the environment, too: it has a program of 100 MB, and only these tests need it.
+.venv/.browser: .venv/.test
+	$(PIP) --target .venv/browser playwright==1.65.2
 	@touch $@
 
 LIBTPU := import importlib.metadata as m; \

@@ -59,7 +59,7 @@ def parquet(
     )
     table = pa.table(
         {
-            "id": [question.id for question in asked],
+            "id": [valid(question.id) for question in asked],
             "question": [valid(question.question) for question in asked],
             "context": [valid(question.context) for question in asked],
             "answers": pa.array(

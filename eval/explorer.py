@@ -165,8 +165,10 @@ class Piece:
             self.end = min(last + around, self.begin + 4 * around, self.end)
         self.text = context[self.begin : self.end]
         # Where JavaScript counts two for one character.
-        wide = np.array([ord(character) > 0xFFFF for character in self.text], bool)
-        self.before = np.cumsum(np.append(0, wide)) if wide.any() else None
+        self.before = None
+        if not self.text.isascii():
+            wide = np.array([ord(character) > 0xFFFF for character in self.text], bool)
+            self.before = np.cumsum(np.append(0, wide))
 
     def place(self, begin: int, end: int) -> tuple[int, int] | None:
         """A span as JavaScript counts, from the beginning of the piece; None outside of it."""

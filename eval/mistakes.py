@@ -31,7 +31,7 @@ KINDS = {
     "other": "nothing in common",
 }
 Span = tuple[int, int]  # characters, the second one past the end
-MOST_PLACES = 1_000  # of a text whose place the data do not tell
+MOST_PLACES = 50  # of a text whose place the data do not tell
 
 
 class Prediction(NamedTuple):
@@ -72,27 +72,31 @@ def kind_of_answer(question: SquadExample, given: Prediction, exact: bool) -> st
     """The same, where something was answered and something is right."""
     context = question.context
     spans = [given.span] if given.span else [*places_of(context, given.text)]
-    right = [(trimmed(context, place), text) for place, text in places(question)]
-    own = [trimmed(context, span) for span in spans]
-    shared = [(squad.f1(given.text, text), span, place) for place, text in right for span in own
-              if span[0] < place[1] and place[0] < span[1]]  # fmt: skip
+    right = places(question)
+    shared = [(trimmed(context, span), trimmed(context, place), text) for place, text in right
+              for span in spans if overlap(span, place)]  # fmt: skip
+    shared = [each for each in shared if overlap(each[0], each[1])]
     if shared:
         if exact:
             return None
-        _, (begin, end), (first, last) = max(shared, key=lambda each: each[0])
+        (begin, end), (first, last), _ = max(shared, key=lambda each: squad.f1(given.text, each[2]))
         if begin <= first and last <= end:
             return "too_long"
         return "too_short" if first <= begin and end <= last else "overlapping"
     more = any(in_a_row(gold, given.text) for gold in question.answers)
     less = any(in_a_row(given.text, gold) for gold in question.answers)
-    if (more or less) and right and own:
+    if (more or less) and right and spans:
         return "elsewhere"
     if more or less:  # nothing tells that it is another place
         return None if exact else "too_long" if more else "too_short"
     type_of_own = {type_of(context, span) for span in spans} - {None}
-    if type_of_own & {type_of(context, place) for place, _ in places(question)}:
+    if type_of_own & {type_of(context, place) for place, _ in right}:
         return "same_type"
     return "other"
+
+
+def overlap(one: Span, other: Span) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
 
 
 def places(question: SquadExample) -> list[tuple[Span, str]]:
