@@ -8,10 +8,12 @@ written first, and what went wrong is said.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from flaxqa.errors import UsageError
 from .config import LogOptions
 
 PROJECT = "flaxqa"
+AT_ONCE = 1_000  # numbers that MLflow takes in one call
 LARGEST = 50_000_000  # bytes of a file that goes along
 
 
@@ -75,10 +78,14 @@ def of_backends(content: Mapping[str, Any]) -> dict[str, float]:
 
 def of_training(content: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a training tells: its last epoch, and its curves."""
-    curves = [(int(one["step"]), numbers(one, "train/")) for one in log]
-    curves += [(int(one["step"]), numbers(one, "epoch/")) for one in content["epochs"]]
+
+    def told(one: Mapping[str, Any], before: str = "") -> dict[str, float]:
+        return numbers({name: value for name, value in one.items() if name != "step"}, before)
+
+    curves = [(int(one["step"]), told(one, "train/")) for one in log]
+    curves += [(int(one["step"]), told(one, "epoch/")) for one in content["epochs"]]
     last = content["epochs"][-1] if content["epochs"] else {}
-    return {"metrics": numbers(last), "curves": sorted(curves, key=lambda each: each[0])}
+    return {"metrics": told(last), "curves": sorted(curves, key=lambda each: each[0])}
 
 
 # ------------------------------------------------------------------------------------ each of them
@@ -87,8 +94,10 @@ def of_training(content: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) ->
 def tensorboard(results: Results) -> str:
     from tensorboardX import SummaryWriter
 
-    folder = results.output / "tensorboard"
-    with SummaryWriter(str(folder)) as writer:
+    folder, suffix = results.output / "tensorboard", f".{PROJECT}"
+    for before in folder.glob(f"events.out.tfevents.*{suffix}"):  # they would be shown as one run
+        before.unlink()
+    with SummaryWriter(str(folder), filename_suffix=suffix) as writer:
         rows = "".join(f"| {name} | {value} |\n" for name, value in results.config.items())
         writer.add_text("config", f"| option | value |\n|---|---|\n{rows}")
         for step, values in results.curves or [(0, results.metrics)]:
@@ -98,31 +107,45 @@ def tensorboard(results: Results) -> str:
 
 
 def mlflow(results: Results) -> str:
-    import mlflow as tracker
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # which begins with the import
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
 
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    database = results.output.absolute() / "mlflow.db"
-    where = given or f"sqlite:///{database}"
-    tracker.set_tracking_uri(where)
-    if tracker.get_experiment_by_name(PROJECT) is None:
-        place = None if given else (results.output.absolute() / "mlartifacts").as_uri()
-        tracker.create_experiment(PROJECT, artifact_location=place)
-    tracker.set_experiment(PROJECT)
-    with tracker.start_run(run_name=results.name):
-        tracker.log_params({name: str(value) for name, value in results.config.items()})
-        for step, values in [*results.curves, (None, results.metrics)]:
-            tracker.log_metrics(dict(values), step=step)
-        for path in results.kept:
-            tracker.log_artifact(str(path))
-    return f"mlflow ui --backend-store-uri {where}"
+    output = results.output.absolute()
+    where = given or f"sqlite:///{output / 'mlflow.db'}"
+    # A client of its own: `mlflow.set_tracking_uri` would hold for all that the process does next.
+    client = MlflowClient(where)
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+    if (experiment := client.get_experiment_by_name(name)) is not None:
+        number = experiment.experiment_id
+    else:
+        place = None if given else (output / "mlartifacts").as_uri()
+        number = client.create_experiment(name, artifact_location=place)
+    run = client.create_run(number, run_name=results.name).info.run_id
+    params = [Param(key, str(value)) for key, value in results.config.items()]
+    client.log_batch(run, params=params)
+    now = int(1_000 * time.time())
+    every = [*results.curves, (0, results.metrics)]
+    metrics = [Metric(key, value, now, step) for step, values in every
+               for key, value in values.items()]  # fmt: skip
+    for begin in range(0, len(metrics), AT_ONCE):
+        client.log_batch(run, metrics=metrics[begin : begin + AT_ONCE])
+    for path in results.kept:
+        client.log_artifact(run, str(path))
+    client.set_terminated(run)
+    return "mlflow has the run" if given else f"mlflow ui --backend-store-uri {where}"
 
 
 def wandb(results: Results) -> str:
+    mode = os.environ.get("WANDB_MODE", "offline")
+    if mode == "offline":
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which would go out all the same
     import wandb as tracker
 
-    mode = os.environ.get("WANDB_MODE", "offline")
     run = tracker.init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=results.name,
-                       config=dict(results.config), dir=str(results.output), mode=mode)  # fmt: skip
+                       config=dict(results.config), dir=str(results.output), mode=mode,
+                       reinit="create_new")  # beside a run of the caller's  # fmt: skip
     for step, values in results.curves:
         run.log(dict(values), step=step)
     run.summary.update(dict(results.metrics))
@@ -132,16 +155,19 @@ def wandb(results: Results) -> str:
             kept.add_file(str(path))
         run.log_artifact(kept)
     run.finish()
-    return f"wandb sync {results.output / 'wandb'}" if mode == "offline" else "wandb has the run"
+    return f"wandb sync {Path(run.dir).parent}" if mode == "offline" else f"wandb, mode {mode}"
 
 
 def trackio(results: Results) -> str:
     import trackio as tracker
 
-    tracker.init(project=PROJECT, name=results.name, config=dict(results.config))
-    for step, values in [*results.curves, (None, results.metrics)]:
-        tracker.log(dict(values), step=step)
-    tracker.finish()
+    def told() -> None:
+        tracker.init(project=PROJECT, name=results.name, config=dict(results.config))
+        for step, values in [*results.curves, (None, results.metrics)]:
+            tracker.log(dict(values), step=step)
+        tracker.finish()
+
+    contextvars.Context().run(told)  # trackio's current run, which may be the caller's, is in it
     return f"trackio show --project {PROJECT}"
 
 
@@ -166,7 +192,12 @@ TRACKERS = {
 
 
 def check(options: LogOptions, output: str) -> None:
-    """Raises: UsageError: a tracker is not installed, or the output is in an object store."""
+    """Raises: UsageError: a tracker is unknown or not installed, or the output is in an object
+    store.
+    """
+    if isinstance(options.log, str) or not set(options.log) <= set(TRACKERS):
+        raise UsageError(f"log is {options.log!r}, it must be any of {', '.join(TRACKERS)}, as "
+                         "('wandb',)")  # fmt: skip
     if options.log and stores.is_url(output):
         raise UsageError("--log keeps files of its own beside the results, so the output must be "
                          f"a directory here, not {output}")  # fmt: skip

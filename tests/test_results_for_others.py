@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import struct
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -110,6 +112,8 @@ def test_tensorboard_has_every_number(tmp_path, capsys):
     found = scalars(tmp_path / "run" / "tensorboard")
     assert found["f1"] == (0, pytest.approx(metrics["f1"]))
     assert found["calibration/ece"] == (0, pytest.approx(metrics["calibration"]["ece"]))
+    evaluate(tmp_path / "run", "--log", "tensorboard")
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     assert "flaxqa: logged; tensorboard --logdir" in capsys.readouterr().err
 
 
@@ -124,7 +128,8 @@ class Recorder(types.ModuleType):
     def __init__(self, name):
         super().__init__(name)
         self.calls = []
-        self.summary = self  # of a run of wandb
+        self.summary = self.info = self  # of a run of wandb, of MLflow
+        self.run_id, self.dir = "run", "offline-run/files"
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -152,9 +157,19 @@ def recorders(monkeypatch):
     for name, module in made.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_PROJECT"):
-        monkeypatch.delenv(name, raising=False)
+    entities = types.ModuleType("mlflow.entities")
+    entities.Metric = entities.Param = lambda *arguments: arguments
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    without(monkeypatch)
     return made
+
+
+def without(monkeypatch):
+    """Nothing is said by the trackers' own variables, neither before the test nor after it."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_DISABLE_TELEMETRY",
+                 "WANDB_MODE", "WANDB_PROJECT", "WANDB_ERROR_REPORTING"):  # fmt: skip
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 RESULTS = {"config": {"limit": 5}, "metrics": {"f1": 50.0}, "files": ("metrics.json", "none.json")}
@@ -169,17 +184,20 @@ def options(*names):
     return EvalConfig(model="m", data="d", output="o", log=names)
 
 
-def test_trackers_are_told_offline(recorders, tmp_path):
+def test_trackers_are_told_offline(recorders, tmp_path, capsys):
     curves = [(3, {"train/loss": 1.5})]
     trackers.log(options("mlflow", "wandb", "trackio"), told(tmp_path, curves=curves))
     mlflow, wandb, trackio = recorders.values()
-    assert mlflow.of("set_tracking_uri") == [((f"sqlite:///{tmp_path}/mlflow.db",), {})]
-    assert mlflow.of("create_experiment")[0][1] == {
-        "artifact_location": (tmp_path / "mlartifacts").as_uri()}  # fmt: skip
-    assert mlflow.of("log_params") == [(({"limit": "5"},), {})]
-    assert mlflow.of("log_metrics") == [(({"train/loss": 1.5},), {"step": 3}),
-                                        (({"f1": 50.0},), {"step": None})]  # fmt: skip
-    assert mlflow.of("log_artifact") == [((str(tmp_path / "metrics.json"),), {})]
+    assert mlflow.of("MlflowClient") == [((f"sqlite:///{tmp_path}/mlflow.db",), {})]
+    assert mlflow.of("create_experiment") == [
+        (("flaxqa",), {"artifact_location": (tmp_path / "mlartifacts").as_uri()})]  # fmt: skip
+    assert mlflow.of("create_run")[0][1] == {"run_name": tmp_path.name}
+    params, metrics = (given for _, given in mlflow.of("log_batch"))
+    assert params == {"params": [("limit", "5")]}
+    assert [(key, value, step) for key, value, _, step in metrics["metrics"]] == [
+        ("train/loss", 1.5, 3), ("f1", 50.0, 0)]  # fmt: skip
+    assert mlflow.of("log_artifact") == [(("run", str(tmp_path / "metrics.json")), {})]
+    assert mlflow.of("set_terminated") == [(("run",), {})]
     ((_, given),) = wandb.of("init")
     assert given["mode"] == "offline"
     assert given["dir"] == str(tmp_path)
@@ -187,17 +205,130 @@ def test_trackers_are_told_offline(recorders, tmp_path):
     assert wandb.of("log") == [(({"train/loss": 1.5},), {"step": 3})]
     assert wandb.of("update") == [(({"f1": 50.0},), {})]
     assert wandb.of("add_file") == [((str(tmp_path / "metrics.json"),), {})]
+    assert given["reinit"] == "create_new"
     assert len(wandb.of("finish")) == len(trackio.of("finish")) == 1
     assert trackio.of("log")[-1] == (({"f1": 50.0},), {"step": None})
+    # What they would send to their makers all the same.
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false"
+    said = capsys.readouterr().err
+    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db\n" in said
+    assert "wandb sync offline-run\n" in said
 
 
-def test_their_own_variables_win(recorders, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+def test_their_own_variables_win(recorders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "ours")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
     trackers.log(options("mlflow", "wandb"), told(tmp_path))
-    assert recorders["mlflow"].of("set_tracking_uri") == [(("http://127.0.0.1:1",), {})]
-    assert recorders["mlflow"].of("create_experiment")[0][1] == {"artifact_location": None}
-    assert recorders["wandb"].of("init")[0][1]["mode"] == "disabled"
+    mlflow, wandb = recorders["mlflow"], recorders["wandb"]
+    assert mlflow.of("MlflowClient") == [(("http://me:secret@127.0.0.1:1",), {})]
+    assert mlflow.of("create_experiment") == [(("ours",), {"artifact_location": None})]
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
+    ((_, given),) = wandb.of("init")
+    assert (given["mode"], given["project"]) == ("disabled", "theirs")
+    assert "WANDB_ERROR_REPORTING" not in os.environ
+    assert "secret" not in capsys.readouterr().err
+
+
+def test_mlflow_takes_a_thousand_numbers_at_once(recorders, tmp_path):
+    curves = [(step, {"train/loss": 1.0, "train/seconds": 1.0}) for step in range(700)]
+    trackers.log(options("mlflow"), told(tmp_path, curves=curves))
+    sizes = [len(given.get("metrics", ())) for _, given in recorders["mlflow"].of("log_batch")]
+    assert sizes == [0, 1000, 401]
+
+
+# --- the trackers themselves, where they are installed ---
+
+
+def twice(folder, name):
+    """Two runs are logged by one process; gives where they are and how to look at them."""
+    outputs = [folder / "first", folder / "second"]
+    for place, output in enumerate(outputs):
+        output.mkdir(exist_ok=True)
+        (output / "metrics.json").write_text(f'{{"f1": {place}}}')
+        curves = [(1, {"train/loss": 3.5}), (2, {"train/loss": 2.5, "epoch/f1": 40.0})]
+        trackers.TRACKERS[name].log(trackers.Results(
+            output, {"limit": 5, "model": None}, {"f1": float(place), "mistakes/other/share": 0.5},
+            curves, ("metrics.json",),
+        ))  # fmt: skip
+    return outputs
+
+
+@pytest.mark.filterwarnings("default")
+def test_mlflow_itself_reads_what_it_was_told(tmp_path, monkeypatch):
+    without(monkeypatch)
+    mlflow = pytest.importorskip("mlflow")
+    before = mlflow.get_tracking_uri()
+    (tmp_path / "first").mkdir()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/first/mlflow.db")
+    with mlflow.start_run() as mine:
+        os.environ.pop("MLFLOW_TRACKING_URI")  # which MLflow has set
+        outputs = twice(tmp_path, "mlflow")
+        assert mlflow.active_run().info.run_id == mine.info.run_id
+    for place, output in enumerate(outputs):
+        client = mlflow.MlflowClient(f"sqlite:///{output}/mlflow.db")
+        number = client.get_experiment_by_name("flaxqa").experiment_id
+        (run,) = client.search_runs([number])
+        assert (run.info.run_name, run.info.status) == (output.name, "FINISHED")
+        assert run.data.params == {"limit": "5", "model": "None"}
+        assert run.data.metrics == {"train/loss": 2.5, "epoch/f1": 40.0, "f1": place,
+                                    "mistakes/other/share": 0.5}  # fmt: skip
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        assert [(one.step, one.value) for one in history] == [(1, 3.5), (2, 2.5)]
+        kept = client.download_artifacts(run.info.run_id, "metrics.json")
+        assert json.loads(Path(kept).read_text()) == {"f1": place}
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.mark.filterwarnings("default")
+def test_wandb_itself_keeps_runs_offline(tmp_path, monkeypatch):
+    without(monkeypatch)
+    for name in ("CONFIG", "CACHE", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    wandb = pytest.importorskip("wandb")
+    if not hasattr(wandb, "init"):
+        pytest.skip("a folder is called wandb")
+    mine = wandb.init(mode="offline", project="mine", dir=str(tmp_path))
+    outputs = twice(tmp_path, "wandb")
+    assert wandb.run is mine
+    mine.finish()
+    for output in outputs:
+        (log,) = output.glob("wandb/offline-run-*/*.wandb")
+        content = log.read_bytes()
+        for told in (b"train/loss", b"epoch/f1", b"mistakes/other/share", b"metrics.json"):
+            assert told in content
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_trackio_itself_reads_what_it_was_told(tmp_path, monkeypatch):
+    pytest.importorskip("trackio")
+    script = f"""
+import json, pathlib, sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+import trackio
+from test_results_for_others import twice
+mine = trackio.init(project="mine", name="mine")
+twice(pathlib.Path({str(tmp_path)!r}), "trackio")
+trackio.log({{"x": 1}})
+trackio.finish()
+from trackio.sqlite_storage import SQLiteStorage as kept
+found = {{name: kept.get_logs(project, name) for project, name in
+         (("mine", "mine"), ("flaxqa", "first"), ("flaxqa", "second"))}}
+print(json.dumps([found, kept.get_run_config("flaxqa", "second")]))
+"""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when imported
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, config = json.loads(done.stdout.splitlines()[-1])
+    assert [one["x"] for one in found["mine"]] == [1]
+    assert [one.get("train/loss") for one in found["first"]] == [3.5, 2.5, None]
+    assert found["second"][-1]["f1"] == 1
+    assert config["limit"] == 5
 
 
 def test_a_tracker_that_fails_costs_no_result(recorders, tmp_path, capsys, monkeypatch):
@@ -223,6 +354,9 @@ def test_logs_need_a_directory_here(recorders):
     with pytest.raises(UsageError, match="must be a directory here, not s3://bucket/x"):
         trackers.check(options("wandb"), "s3://bucket/x")
     trackers.check(options(), "s3://bucket/x")
+    for wrong in ("wandb", ("wandb", "another")):
+        with pytest.raises(UsageError, match="log is .*must be any of tensorboard, mlflow, wandb"):
+            api.evaluate(CHECKPOINT, HELDOUT, output="never", log=wrong)
     with pytest.raises(UsageError, match="give an output"):
         api.evaluate(CHECKPOINT, HELDOUT, log=("wandb",))
 
@@ -247,6 +381,8 @@ def test_a_training_tells_its_curves(tmp_path):
     found = scalars(tmp_path / "out" / "tensorboard")
     assert found["train/loss"] == (lines[-1]["step"], pytest.approx(lines[-1]["loss"]))
     assert "epoch/loss" in found
+    assert "train/step" not in found
+    assert "epoch/step" not in found
 
 
 def test_a_comparison_tells_of_each_backend():
