@@ -8,7 +8,7 @@ from conftest import QUICKSTART
 
 from flaxqa import cli
 from flaxqa.errors import UsageError
-from flaxqa.eval import backends, compare, report, results, runner, summaries
+from flaxqa.eval import backends, compare, report, results, runner, squad, summaries
 from flaxqa.eval import questions as dataset
 from flaxqa.eval.config import BenchConfig, CompareConfig
 from flaxqa.features import Feature
