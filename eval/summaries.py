@@ -158,7 +158,7 @@ def table(
 
 def column(name: str) -> str:
     """The column of COLUMNS that one is, whatever the way."""
-    return name.partition(",")[0]
+    return name.partition(", ")[0]
 
 
 def by_theme(head: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def test_the_best_threshold_has_an_interval_around_it():
     assert ends["score"][0] < best < ends["score"][1] < best + 4
     assert ends["threshold"][0] <= numbers[order][sums.argmax()] <= ends["threshold"][1]
     # Where nothing is worth an answer, none is given.
-    hopeless = calibration.best_threshold(-np.ones(5), np.arange(5.0), np.ones(5, bool))
+    hopeless = calibration.best_threshold(-np.ones(5), np.arange(5.0) + 3, np.ones(5, bool))
     assert hopeless == {"score": (100.0, 100.0), "threshold": (0.0, 0.0)}
 
 

@@ -588,15 +588,3 @@ def test_without_an_output_the_card_is_printed(evaluated, capsys):
 def test_push_and_output_do_not_go_together(evaluated, tmp_path):
     with pytest.raises(UsageError, match="do not go together"):
         made(evaluated / "all", "--push", "me/it", output=tmp_path / "c.md")
-
-
-def test_a_fitted_temperature_is_in_the_card(whole, tmp_path):
-    before = made(whole, output=tmp_path / "before.md")
-    assert "expected calibration error" in before
-    assert "--temperature" not in before
-    fit = {"temperature": 1.25, "questions": 1_756, "data": {"name": "/home/ada/half.json"}}
-    changed(whole, "run.json", calibration=fit)
-    text = made(whole, output=tmp_path / "card.md")
-    assert "a temperature of 1.2500, fitted to 1,756 questions of half.json" in text
-    assert "`flaxqa ask --temperature 1.2500`" in text
-    assert "/home/ada" not in text

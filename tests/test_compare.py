@@ -8,7 +8,7 @@ from conftest import QUICKSTART
 
 from flaxqa import cli
 from flaxqa.errors import UsageError
-from flaxqa.eval import backends, compare, report, results, runner, summaries
+from flaxqa.eval import backends, compare, report, results, runner, squad, summaries
 from flaxqa.eval import questions as dataset
 from flaxqa.eval.config import BenchConfig, CompareConfig
 from flaxqa.features import Feature
@@ -436,6 +436,7 @@ def test_a_backend_that_fails_is_told_of_by_its_traceback_and_exit_code(tmp_path
     assert "of its own" in log
 
 
+@pytest.mark.slow
 def test_start_and_step_are_measured_of_those_that_have_them(tmp_path):
     config = CompareConfig(**QUICK, output=str(tmp_path), backends=("jax", "jax-model"),
                            sweep=False, scenarios=("start", "step", "offline"))  # fmt: skip

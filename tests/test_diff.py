@@ -12,7 +12,17 @@ from conftest import QUICKSTART
 
 from flaxqa import cli
 from flaxqa.errors import DataError, GateNotMet, UsageError
-from flaxqa.eval import calibration, diff, evaluated, examples, explorer, groups, report, runs
+from flaxqa.eval import (
+    calibration,
+    diff,
+    evaluated,
+    examples,
+    explorer,
+    groups,
+    report,
+    runs,
+    snippets,
+)
 from flaxqa.eval.questions import SquadExample
 
 HELDOUT = str(QUICKSTART / "heldout.json")
@@ -90,6 +100,12 @@ def test_the_order_of_questions_does_not_count(both):
         **vars(second), "questions": [second.questions[i] for i in order],
         "scores": evaluated.part(second.scores, order)})  # fmt: skip
     assert diff.difference(first, turned) == diff.difference(first, second)
+
+
+def test_worse_is_what_is_below_zero_altogether():
+    ends = {"a": (-2.0, -0.1), "b": (-2.0, 0.1), "c": (0.1, 2.0), "d": (-1.0, 0.0)}
+    scores = {name: {"difference_interval": interval} for name, interval in ends.items()}
+    assert diff.worse(scores) == ["a"]
 
 
 @pytest.mark.parametrize(("won", "lost"), [(0, 0), (5, 5), (0, 7), (3, 12), (40, 62), (1, 0)])
@@ -324,6 +340,23 @@ def test_a_fitted_temperature_changes_scores_and_no_answer(made, tmp_path, capsy
     # Without it, the file goes.
     evaluate(tmp_path / "warm", "--limit", "120")
     assert not (tmp_path / "warm" / "calibration.json").exists()
+
+
+def test_a_fitted_temperature_is_in_the_card(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(snippets, "run", lambda code: ("Bob", None))
+    folder, card = shutil.copytree(made / "plain", tmp_path / "run"), tmp_path / "card.md"
+    command = ["card", str(folder), "--output", str(card)]
+    assert cli.run(command) == 0
+    assert "expected calibration error" in card.read_text()
+    assert "--temperature" not in card.read_text()
+    fit = {"temperature": 1.25, "questions": 1_756, "data": {"name": "/home/ada/half.json"}}
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | {"calibration": fit}))
+    assert cli.run(command) == 0
+    text = card.read_text()
+    assert "a temperature of 1.2500, fitted to 1,756 questions of half.json" in text
+    assert "`flaxqa ask --temperature 1.2500`" in text
+    assert "/home/ada" not in text
 
 
 def test_a_temperature_is_given_or_fitted(tmp_path):

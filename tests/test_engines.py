@@ -73,7 +73,8 @@ def computed_shards(output):
     return collections.Counter(json.loads(line)["shard"] for line in lines)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 12])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
     long_source, long_undisturbed, tmp_path, kills
 ):

@@ -140,7 +140,10 @@ def test_the_whole_computation_lowers_for_accelerators(platform, dtype):
     assert exported.out_avals[0].shape == (TOKENS, 2)
 
 
-@pytest.mark.parametrize("rule", [Spans(1, 7), Spans(1, 100), Spans(3, 5), Pairs(4, 6)])
+@pytest.mark.parametrize(
+    "rule",
+    [Spans(1, 7), Spans(1, 100), Spans(3, 5), Pairs(4, 6), Spans(1, 7, 2.5), Pairs(4, 6, 0.5)],
+)
 @pytest.mark.parametrize("seed", range(4))
 def test_devices_find_the_spans_that_the_host_finds(rule, seed):
     """Those of `Table`, which searches the same logits with numpy; ties included."""

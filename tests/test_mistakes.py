@@ -147,6 +147,14 @@ def test_out_of_reach_is_what_no_window_has_whole(tokenizer, kind):
     longer = every[1::2]  # of more than two tokens
     windows = features.make(longer, tokenizer, windows=kind, **sizes)
     assert not any(mistakes.reachable(longer, windows, 2))
+    covered = [features.covering(windows.contexts[0].places.offsets, place)
+               for one in longer for place, _ in mistakes.places(one)]  # fmt: skip
+    sizes = [last - first + 1 for first, last in covered]
+    most = max(size for size, there in zip(sizes, found[1::2], strict=True) if there)
+    for limit in (most - 1, most):
+        again = mistakes.reachable(longer, windows, limit)
+        assert again == [there and size <= limit
+                         for size, there in zip(sizes, found[1::2], strict=True)]  # fmt: skip
 
 
 def test_shares_are_of_all_questions():

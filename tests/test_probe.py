@@ -277,7 +277,7 @@ def test_text_of_templates_is_escaped(content):
     text = json.dumps(content).replace("wolfgang", EVIL.replace('"', '\\"')).replace(
         "only a test", "<b>").replace("people", "<i>")  # fmt: skip
     page = report.page([report.Run(EVIL, probe=json.loads(text))])
-    assert "<script" not in page
+    assert page.count("<script") == 1  # the page's own
     assert "<b>" not in page
     assert "<i>" not in page
     assert "&lt;script&gt;" in page

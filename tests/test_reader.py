@@ -288,6 +288,15 @@ def test_search_is_the_answer_in_one_softmax_over_all_contexts(reader):
     assert found.null_odds == pytest.approx(min(nulls) - best, abs=1e-4)
 
 
+def test_search_divides_by_the_temperature(reader):
+    options = {"top_k": 2, "temperature": 2.5}
+    alone = reader.answer(QUESTION, CONTEXT, **options)
+    found = reader.search(QUESTION, [CONTEXT], **options)
+    assert [one.score for one in found] == pytest.approx([one.score for one in alone])
+    assert found[0].score != pytest.approx(reader.answer(QUESTION, CONTEXT)[0].score, rel=1e-3)
+    assert found[0].text == reader.answer(QUESTION, CONTEXT)[0].text
+
+
 def test_search_takes_any_number_of_contexts_and_names_bad_ones(reader):
     contexts = (CONTEXT if i == 30 else f"It is {i}." if i % 10 else " " for i in range(50))
     found = reader.search(QUESTION, contexts, chunk_size=8)

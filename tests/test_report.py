@@ -15,7 +15,7 @@ from conftest import QUICKSTART
 
 from flaxqa import cli
 from flaxqa.errors import DataError, UsageError
-from flaxqa.eval import plots, report, squad, summaries
+from flaxqa.eval import copies, plots, report, squad, summaries
 
 EVIL = '<script>alert("x")</script> & <b>'
 
@@ -239,10 +239,11 @@ def test_runs_of_eval_come_in_a_table_and_in_plots(tmp_path, content, capsys):
     assert page.read_text().count("<svg") == 8 + 4
     metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
     low, high = metrics["f1_interval"]
-    assert text.count(f"{metrics['f1']:.2f} ({low:.2f} to {high:.2f})") == 2
+    # In the table, and in what can be copied of it.
+    assert text.count(f"{metrics['f1']:.2f} ({low:.2f} to {high:.2f})") == 3 * 2
     assert "do not compare" not in text
     assert "second less first" in text
-    assert text.index("third") < text.index("first") < text.index("second")
+    assert text.index("folder third") < text.index("second less first")
 
 
 def test_a_directory_without_results_is_refused(tmp_path):
@@ -311,3 +312,115 @@ def test_a_browser_runs_nothing_of_it(page, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert "<title>flaxqa: " in done.stdout
     assert scripts_of(done.stdout) == [OWN_SCRIPT]
+
+
+# --- the comparison's page ---
+
+
+def test_the_head_says_what_was_compared_when_and_on_what(content, page):
+    content["backends"][2]["backend"] = "openvino"
+    content["data"] = {"name": "data/dev-v1.1.json", "questions": 10_570}
+    content["model"] = {"name": "/home/ada/models/small"}
+    assert summaries.title(content) == (
+        "jax, torch, openvino and tensorflow on 1,200 questions of dev-v1.1.json"
+    )
+    assert dict(summaries.head_of(content)) == {
+        "checkpoint": "small", "data": "dev-v1.1.json, 1,200 of 10,570 questions",
+        "dtypes": "float32", "machine": f"2 CPUs of {EVIL}", "measured": "2026-01-01 00:00",
+    }  # fmt: skip
+    made = report.page([report.Run("run", comparison=content)])
+    assert "<title>flaxqa: jax, torch, openvino and tensorflow on 1,200" in made
+    assert "/home/ada" not in made.partition("Configuration, model and data")[0]
+
+
+def test_every_column_is_in_one_theme(content):
+    content["config"]["dollars_per_hour"] = 3.6
+    one = content["backends"][0]
+    one["offline"]["tuned"] = {**one["offline"]["tuned"], "kwh_per_1000_questions": 0.005}
+    one["starts"] = {"full": {"seconds": 1.0}}
+    head, rows = summaries.table(content)
+    themes = summaries.by_theme(head, rows)
+    assert list(themes) == list(summaries.THEMES)
+    found = [name for names, _ in themes.values() for name in names[1:]]
+    assert sorted(found) == sorted(head[1:])
+    for names, cells in themes.values():
+        assert names[0] == "backend"
+        assert len(names) <= 8
+        for row, whole in zip(cells, rows, strict=True):
+            assert row == [whole[head.index(name)] for name in names]
+    costs = dict(zip(themes["Energy and cost"][0], themes["Energy and cost"][1][0], strict=True))
+    assert costs["questions/$, tuned"] == f"{100 * 3600 / 3.6:,.0f}"
+    assert costs["Wh/1,000, tuned"] == "5.00"
+    # 1,000 questions take 5 Wh, that is 18,000 J.
+    assert costs["questions/s per W, tuned"] == plots.number(1_000 / 18_000)
+
+
+def test_the_price_can_be_told_later(content, tmp_path):
+    (tmp_path / "comparison.json").write_text(json.dumps(content))
+    page = tmp_path / "page.html"
+    command = ["report", str(tmp_path), "--output", str(page)]
+    assert cli.run(command) == 0
+    assert "questions/$" not in page.read_text()
+    assert cli.run([*command, "--dollars-per-hour", "3.6"]) == 0
+    assert "questions/$, tuned" in page.read_text()
+    assert "100,000" in page.read_text()
+
+
+def test_scores_have_their_intervals(content):
+    head, rows = summaries.table(content)
+    assert rows[0][head.index("F1")] == "80.00 (79.00 to 81.00)"
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_groups_take_the_narrower_form(content, many):
+    names = [row["name"] for row in summaries.there(content)]
+    groups = content["groups"]["question word"]
+    if many:
+        groups += [{**groups[0], "group": f"{number}"} for number in range(3)]
+    head, rows = summaries.groups(content)["question word"]
+    assert all(len(row) == len(head) for row in rows)
+    if many:
+        assert head == ["question word", "questions", *names]
+        assert rows[0] == [EVIL, "7", *["70.0 / 80.0"] * 3]
+    else:
+        assert head == ["question word", EVIL]
+        assert rows == [["questions", "7"], *([name, "70.0 / 80.0"] for name in names)]
+
+
+def test_speed_and_quality_are_one_picture(content):
+    rows = summaries.there(content)
+    drawn = plots.speed_and_quality(rows)
+    text = "".join(ElementTree.fromstring(drawn).itertext())  # noqa: S314 (our own)
+    assert "torch/float32" in text
+    assert text.count("INVALID") == 1
+    assert "10" in text
+    assert plots.speed_and_quality(rows[:1]) is None
+
+
+def test_the_edge_has_what_nothing_beats_both_ways(monkeypatch):
+    drawn = {}
+
+    def svg(figure, name):
+        drawn["edge"] = figure.axes[0].lines[0].get_xydata().tolist()
+        return ""
+
+    monkeypatch.setattr(plots, "svg", svg)
+    values = [(1, 9, True), (2, 5, True), (3, 6, True), (4, 4, True), (9, 9, False)]
+    points = [{"name": str(x), "x": x, "y": y, "valid": v, "interval": None} for x, y, v in values]
+    plots.scatter(points, name="a", xlabel="x", ylabel="y")
+    assert drawn["edge"] == [[1, 9], [3, 6], [4, 4]]
+
+
+def test_tables_are_copied_as_markdown_and_latex(page):
+    head, rows = ["a|b", "c"], [["50% & _x_", f"{EVIL}\n"], ["\u22121", "{\\^~#$}"]]
+    assert copies.plain_markdown(head, rows).splitlines()[:3] == [
+        "| a\\|b | c |", "|---|---|", f"| 50% & _x_ | {EVIL} |"]  # fmt: skip
+    lines = copies.latex(head, rows).splitlines()
+    assert lines[0] == "\\begin{tabular}{lr}"
+    assert lines[1] == "a\\textbar{}b & c \\\\"
+    assert lines[3].startswith("50\\% \\& \\_x\\_ & \\textless{}script\\textgreater{}alert(''x'')")
+    assert lines[4] == (
+        "$-$1 & \\{\\textbackslash{}\\textasciicircum{}\\textasciitilde{}\\#\\$\\} \\\\"
+    )
+    assert lines[-1] == "\\end{tabular}"
+    assert page.count('<pre class="copy">') == 2 * page.count('<details class="copies">') > 4

@@ -70,6 +70,7 @@ def test_metrics_hold_what_is_promised(done):
 
 def test_run_json_holds_what_redoes_the_run(done):
     content = read(done[1], "run.json")
+    assert content["config"].pop("log") == []
     assert EvalConfig(**content["config"]) == quickstart(done[1])
     assert set(content["model"]["sha256"]) == {
         "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
