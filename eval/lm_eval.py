@@ -1,7 +1,8 @@
 """An evaluation in the result format of EleutherAI's lm-evaluation-harness.
 
-Source of the layout: lm_eval/loggers/evaluation_tracker.py and lm_eval/evaluator.py of
-https://github.com/EleutherAI/lm-evaluation-harness, version 0.4.9. Metrics are from 0 to 1.
+Source of the layout: lm_eval/loggers/evaluation_tracker.py, lm_eval/evaluator.py and
+lm_eval/result_schema.py of https://github.com/EleutherAI/lm-evaluation-harness, version 0.4.13.
+Metrics are from 0 to 1.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ def export(found: Sequence[Run], output: str | Path) -> list[Path]:
         content = results_of(run, asked, samples)
         folder = files.writable_directory(Path(output) / content["model_name_sanitized"])
         # Runs that began in the same second get names of their own.
-        dates = (content["started"] + (f".{n:06d}" if n else "") for n in range(len(found)))
+        began = datetime.fromtimestamp(content["date"], UTC).strftime("%Y-%m-%dT%H-%M-%S")
+        dates = (began + (f".{n:06d}" if n else "") for n in range(len(found)))
         date = next(one for one in dates if folder / f"results_{one}.json" not in written)
-        del content["started"]
         task = task_of(asked)
         lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples)
         for name, text in (
@@ -76,7 +77,8 @@ def samples_of(run: Run, asked: Examples) -> list[dict[str, Any]]:
             "doc_id": place, "doc": doc, "target": target,
             "arguments": {"gen_args_0": {"arg_0": prompt}},
             "resps": [[said]], "filtered_resps": [said], "filter": FILTER,
-            "metrics": list(asked.scores.values), "doc_hash": digest(json.dumps(doc, indent=2)),
+            "metrics": list(asked.scores.values),
+            "doc_hash": digest(json.dumps(doc, indent=2, ensure_ascii=False)),
             "prompt_hash": digest(prompt), "target_hash": digest(target),
             **{name: float(each[place]) for name, each in asked.scores.values.items()},
         })  # fmt: skip
@@ -84,11 +86,11 @@ def samples_of(run: Run, asked: Examples) -> list[dict[str, Any]]:
 
 
 def results_of(run: Run, asked: Examples, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The file of results, and the date that is in its name."""
+    """The file of results. Its `date` is in UTC, whole seconds."""
     about, task, n = run.about, task_of(asked), len(asked.questions)
     config, started = about["config"], datetime.fromisoformat(about["started"])
     seconds = (datetime.fromisoformat(about["finished"]) - started).total_seconds()
-    scores: dict[str, Any] = {"alias": task}
+    scores: dict[str, Any] = {"name": task, "alias": task, "sample_len": n}
     for name, values in asked.scores.values.items():
         own = np.asarray(values, float)
         scores[f"{name},{FILTER}"] = float(own.mean())
@@ -98,7 +100,7 @@ def results_of(run: Run, asked: Examples, samples: Sequence[Mapping[str, Any]]) 
     hashes = "".join(one["doc_hash"] + one["prompt_hash"] + one["target_hash"] for one in samples)
     return {
         "results": {task: scores},
-        "group_subtasks": {task: []},
+        "group_subtasks": {},
         "configs": {task: {
             "task": task, "dataset_path": about["data"]["name"], "output_type": "span",
             "metric_list": [{"metric": one, "aggregation": "mean", "higher_is_better": True}
@@ -112,14 +114,18 @@ def results_of(run: Run, asked: Examples, samples: Sequence[Mapping[str, Any]]) 
         "config": {
             "model": "flaxqa",
             "model_args": f"pretrained={name},dtype={about['platform']['dtype']}",
+            "model_dtype": about["platform"]["dtype"], "model_sha": about["model"]["commit"],
             "batch_size": None, "device": about["platform"]["backend"], "limit": config["limit"],
             "bootstrap_iters": 0,
         },
-        "git_hash": about.get("commit"), "date": started.timestamp(),
+        "git_hash": None, "date": started.timestamp(),
+        "pretty_env_info": "\n".join(f"{k}: {v}" for k, v in about["versions"].items()),
         "task_hashes": {task: digest(hashes)},
+        "max_length": about["windows"]["max_length"],
         "model_source": "flaxqa", "model_name": name,
         "model_name_sanitized": re.sub(r"[\"<>:/|\\?*\[\]]+", "__", name),
         "start_time": started.timestamp(), "end_time": started.timestamp() + seconds,
         "total_evaluation_time_seconds": str(seconds),
-        "started": started.isoformat().replace(":", "-"),
+        **dict.fromkeys(("system_instruction", "system_instruction_sha", "fewshot_as_multiturn",
+                         "chat_template", "chat_template_sha")),
     }  # fmt: skip

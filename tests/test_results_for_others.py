@@ -1,5 +1,7 @@
 """What goes to other tools: the schema of metrics.json, trackers, lm-evaluation-harness's files."""
 
+import datetime
+import hashlib
 import importlib.util
 import json
 import os
@@ -40,6 +42,7 @@ def done(tmp_path_factory):
         for paragraph in article["paragraphs"]:
             for place, question in enumerate(paragraph["qas"]):
                 question["is_impossible"] = place % 3 == 0
+                question["question"] += " Ça va ?"  # in no encoding by accident
                 if question["is_impossible"]:
                     question["answers"] = []
     (folder / "v2.json").write_text(json.dumps({**data, "version": "v2.0"}))
@@ -394,6 +397,10 @@ def test_a_comparison_tells_of_each_backend():
 # --- lm-evaluation-harness ---
 
 
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def test_results_are_written_as_the_harness_does(done, tmp_path):
     command = ["report", str(done / "v1"), str(done / "v2"), "--format", "lm-eval"]
     assert cli.run([*command, "--output", str(tmp_path)]) == 0
@@ -413,14 +420,30 @@ def test_results_are_written_as_the_harness_does(done, tmp_path):
         assert scores["f1,none"] == pytest.approx(metrics["f1"] / 100) == pytest.approx(own.mean())
         assert scores["f1_stderr,none"] == pytest.approx(own.std(ddof=1) / 40**0.5)
         assert scores["exact_match,none"] == pytest.approx(metrics["exact_match"] / 100)
+        assert (scores["name"], scores["sample_len"]) == (task, 40)
         assert content["n-samples"][task] == {"original": 559, "effective": 40}
-        for name in ("configs", "versions", "n-shot", "higher_is_better", "group_subtasks"):
+        for name in ("configs", "versions", "n-shot", "higher_is_better"):
             assert list(content[name]) == [task]
+        about = json.loads((done / run / "run.json").read_text())
+        began = datetime.datetime.fromtimestamp(content["date"], datetime.UTC)
+        assert began == datetime.datetime.fromisoformat(about["started"])
+        assert date == began.strftime("%Y-%m-%dT%H-%M-%S")
+        took = datetime.datetime.fromisoformat(about["finished"]) - began
+        assert float(content["total_evaluation_time_seconds"]) == took.total_seconds()
+        assert content["config"]["model_args"] == f"pretrained={CHECKPOINT},dtype=float32"
+        hashes = ""
         said = json.loads((done / run / "predictions.json").read_text())
         for line in lines:
             assert line["filtered_resps"] == [said[line["doc"]["id"]]] == line["resps"][0]
             assert json.loads(line["target"]) == line["doc"]["answers"]["text"]
-            assert line["doc"]["context"] in line["arguments"]["gen_args_0"]["arg_0"]
+            (asked,) = line["arguments"]["gen_args_0"].values()
+            assert asked == f"{line['doc']['context']}\n\n{line['doc']['question']}"
+            assert line["metrics"] == ["exact_match", "f1"]
+            doc = json.dumps(line["doc"], indent=2, ensure_ascii=False)
+            own = [sha256(text) for text in (doc, asked, line["target"])]
+            assert own == [line[f"{name}_hash"] for name in ("doc", "prompt", "target")]
+            hashes += "".join(own)
+        assert content["task_hashes"] == {task: sha256(hashes)}
 
 
 def test_runs_of_the_same_second_do_not_replace_each_other(done, tmp_path):
