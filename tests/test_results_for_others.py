@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from conftest import QUICKSTART, ROOT
 
 from flaxqa import cli
 from flaxqa.errors import UsageError
-from flaxqa.eval import api, trackers
+from flaxqa.eval import api, run, runs, trackers
 from flaxqa.eval.config import EvalConfig
 
 CHECKPOINT = str(QUICKSTART / "checkpoint")
@@ -46,7 +47,8 @@ def done(tmp_path_factory):
                 if question["is_impossible"]:
                     question["answers"] = []
     (folder / "v2.json").write_text(json.dumps({**data, "version": "v2.0"}))
-    evaluate(folder / "v2", "--precision", "1", data=folder / "v2.json")
+    carbon = ("--carbon", "--grid", "50")
+    evaluate(folder / "v2", "--precision", "1", *carbon, data=folder / "v2.json")
     return folder
 
 
@@ -60,30 +62,47 @@ def test_metrics_have_their_schema(done, name):
     assert next(iter(metrics)) == "schema_version"
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(metrics | {"another": 1}, SCHEMA)
-    assert ("no_answer" in metrics["calibration"]) == (name == "v2")
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({key: metrics[key] for key in metrics if key != "f1"}, SCHEMA)
+    assert ("no_answer" in metrics["calibration"]) == ("carbon" in metrics) == (name == "v2")
 
 
-def described(schema, found=()):
-    """Every field, and its text."""
-    found = dict(found)
+def rows_of(schema, before=""):
+    """A row of the documentation for each field: its path, unit or type, and meaning."""
+    rows = []
     for name, one in schema.get("properties", {}).items():
-        found[name] = one["description"]
-        for inner in (one, one.get("items"), one.get("additionalProperties")):
-            if isinstance(inner, dict):
-                found |= described(inner)
-    return found
+        path = before + name
+        kind = SCHEMA["$defs"][one["$ref"].rpartition("/")[2]] if "$ref" in one else one
+        types = kind.get("type", "integer")
+        unit = kind.get("unit") or (types if isinstance(types, str) else " or ".join(types))
+        rows += [f"| `{path}` | {unit} | {one['description']} |", *rows_of(one, path + ".")]
+        rows += rows_of(one.get("items", {}), path + "[].")
+        if isinstance(kinds := one.get("additionalProperties"), dict):
+            rows += rows_of(kinds, path + ".KIND.")
+    return rows
 
 
-def test_every_field_is_in_the_documentation():
+def test_the_documentation_has_every_field_as_the_schema_has_it():
     text = (ROOT / "docs" / "metrics.md").read_text()
-    fields = described(SCHEMA)
-    assert len(fields) > 60
-    for name, meaning in fields.items():
-        assert name in text
-        assert meaning in text
+    assert [line for line in text.splitlines() if line.startswith("| `")] == rows_of(SCHEMA)
+    assert f"This is\nversion {run.SCHEMA_VERSION} of its schema" in text
+    assert SCHEMA["properties"]["schema_version"]["const"] == run.SCHEMA_VERSION
 
 
-def test_sqaud_2_has_intervals_of_its_best_thresholds(done):
+def test_results_from_before_the_schema_are_still_read(done, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(done / "v1", old)
+    metrics = json.loads((old / "metrics.json").read_text())
+    del metrics["schema_version"]
+    (old / "metrics.json").write_text(json.dumps(metrics))
+    assert runs.evaluation(old).content == metrics
+    for command in ("report", "card"):
+        page = tmp_path / command
+        assert cli.run([command, str(old), "--output", str(page)]) == 0
+        assert f"{metrics['f1']:.2f}" in page.read_text()
+
+
+def test_squad_2_has_intervals_of_its_best_thresholds(done):
     metrics = json.loads((done / "v2" / "metrics.json").read_text())
     for name in ("best_exact", "best_f1"):
         low, high = metrics[f"{name}_interval"]
@@ -369,11 +388,9 @@ def test_what_is_logged_decides_no_answer(tmp_path, recorders):
     first = evaluate(tmp_path / "run")
     second = evaluate(tmp_path / "other", *command)
     assert first["f1"] == second["f1"]
-    from flaxqa.eval.run import run_key
-
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     logged = {**content, "config": {**content["config"], "log": ["trackio"]}}
-    assert run_key(content) == run_key(logged)
+    assert run.run_key(content) == run.run_key(logged)
 
 
 def test_a_training_tells_its_curves(tmp_path):
@@ -409,8 +426,8 @@ def test_results_are_written_as_the_harness_does(done, tmp_path):
     names = sorted(path.name for path in folder.iterdir())
     assert [name.rpartition("_")[0] for name in names if name.startswith("samples")] == [
         "samples_flaxqa_squad_v1.1", "samples_flaxqa_squad_v2.0"]  # fmt: skip
-    for run, task in (("v1", "flaxqa_squad_v1.1"), ("v2", "flaxqa_squad_v2.0")):
-        metrics = json.loads((done / run / "metrics.json").read_text())
+    for name, task in (("v1", "flaxqa_squad_v1.1"), ("v2", "flaxqa_squad_v2.0")):
+        metrics = json.loads((done / name / "metrics.json").read_text())
         (samples,) = folder.glob(f"samples_{task}_*.jsonl")
         lines = [json.loads(line) for line in samples.read_text().splitlines()]
         date = samples.stem.removeprefix(f"samples_{task}_")
@@ -422,9 +439,9 @@ def test_results_are_written_as_the_harness_does(done, tmp_path):
         assert scores["exact_match,none"] == pytest.approx(metrics["exact_match"] / 100)
         assert (scores["name"], scores["sample_len"]) == (task, 40)
         assert content["n-samples"][task] == {"original": 559, "effective": 40}
-        for name in ("configs", "versions", "n-shot", "higher_is_better"):
-            assert list(content[name]) == [task]
-        about = json.loads((done / run / "run.json").read_text())
+        for field in ("configs", "versions", "n-shot", "higher_is_better"):
+            assert list(content[field]) == [task]
+        about = json.loads((done / name / "run.json").read_text())
         began = datetime.datetime.fromtimestamp(content["date"], datetime.UTC)
         assert began == datetime.datetime.fromisoformat(about["started"])
         assert date == began.strftime("%Y-%m-%dT%H-%M-%S")
@@ -432,7 +449,7 @@ def test_results_are_written_as_the_harness_does(done, tmp_path):
         assert float(content["total_evaluation_time_seconds"]) == took.total_seconds()
         assert content["config"]["model_args"] == f"pretrained={CHECKPOINT},dtype=float32"
         hashes = ""
-        said = json.loads((done / run / "predictions.json").read_text())
+        said = json.loads((done / name / "predictions.json").read_text())
         for line in lines:
             assert line["filtered_resps"] == [said[line["doc"]["id"]]] == line["resps"][0]
             assert json.loads(line["target"]) == line["doc"]["answers"]["text"]
