@@ -56,9 +56,13 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def parted(head: list[str], rows: list[list[Any]]) -> tuple[list[tuple[str, str]], Table]:
-    """The table without the columns that say the same of every run, and what those say."""
-    same = [place for place in range(1, head.index("questions") + 1)
-            if len({row[place] for row in rows}) == 1]  # fmt: skip
+    """The table without the columns that say the same of every run, and what those say.
+
+    Scores stay in the table.
+    """
+    labels = tuple(one.label for one in METRICS.values())
+    same = [place for place, name in enumerate(head) if place and not name.endswith(labels)
+            and len({row[place] for row in rows}) == 1]  # fmt: skip
     left = [place for place in range(len(head)) if place not in same]
     table_left = [head[place] for place in left], [[row[p] for p in left] for row in rows]
     return [(head[place], rows[0][place]) for place in same], table_left

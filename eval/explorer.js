@@ -390,9 +390,7 @@
   form.addEventListener("reset", () => setTimeout(() => apply(true)));
   form.addEventListener("submit", (event) => event.preventDefault());
   addEventListener("hashchange", follow);
-  const begin = source.dataset.filter && JSON.parse(source.dataset.filter);
   document.getElementById("explorer").hidden = false;
-  for (const [name, value] of Object.entries(begin || {})) if (form[name]) form[name].value = value;
   apply();
   follow();
 })();

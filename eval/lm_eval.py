@@ -63,6 +63,12 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def sanitized(name: str) -> str:
+    """A model's name as that of a folder, as the harness makes it; never one above."""
+    safe = re.sub(r"[\"<>:/|\\?*\[\]]+", "__", name)
+    return "model" if safe.strip(".") == "" else safe
+
+
 def samples_of(run: Run, asked: Examples) -> list[dict[str, Any]]:
     """A sample a question, as the harness logs them."""
     made = []
@@ -123,7 +129,7 @@ def results_of(run: Run, asked: Examples, samples: Sequence[Mapping[str, Any]]) 
         "task_hashes": {task: digest(hashes)},
         "max_length": about["windows"]["max_length"],
         "model_source": "flaxqa", "model_name": name,
-        "model_name_sanitized": re.sub(r"[\"<>:/|\\?*\[\]]+", "__", name),
+        "model_name_sanitized": sanitized(name),
         "start_time": started.timestamp(), "end_time": started.timestamp() + seconds,
         "total_evaluation_time_seconds": str(seconds),
         **dict.fromkeys(("system_instruction", "system_instruction_sha", "fewshot_as_multiturn",

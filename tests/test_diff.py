@@ -185,6 +185,20 @@ def test_runs_of_other_questions_are_marked(made):
     assert "less plain" not in page
 
 
+def test_what_all_runs_have_alike_is_said_once(made):
+    found = [runs.evaluation(made / name) for name in ("plain", "few")]
+    head, rows = evaluated.table(found)
+    same, (left, cells) = evaluated.parted(head, rows)
+    assert {name for name, _ in same} >= {"model", "data", "dtype"}
+    assert left[0] == "run"
+    assert {"questions", "EM", "F1"} <= {*left}
+    assert len(left) + len(same) == len(head)
+    assert all(len(row) == len(left) for row in cells)
+    same, (left, _) = evaluated.parted(*evaluated.table(found[:1]))
+    assert left == ["run", "EM", "F1"]
+    assert dict(same)["questions"] == "first 120 of 559"
+
+
 # --- groups ---
 
 

@@ -19,7 +19,7 @@ from conftest import QUICKSTART, ROOT
 
 from flaxqa import cli
 from flaxqa.errors import UsageError
-from flaxqa.eval import api, run, runs, trackers
+from flaxqa.eval import api, lm_eval, run, runs, trackers
 from flaxqa.eval.config import EvalConfig
 
 CHECKPOINT = str(QUICKSTART / "checkpoint")
@@ -468,6 +468,15 @@ def test_runs_of_the_same_second_do_not_replace_each_other(done, tmp_path):
     assert cli.run([*command, "--output", str(tmp_path)]) == 0
     assert len(list(tmp_path.rglob("results_*.json"))) == 2
     assert len(list(tmp_path.rglob("samples_*.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("a/b", "a__b"), ("/x/y", "__x__y"), ("..", "model"), ("../..", "..__.."), (".", "model"),
+     ('a:b*"c', "a__b__c")],
+)  # fmt: skip
+def test_a_model_is_a_folder_below_the_one_named(name, folder):
+    assert lm_eval.sanitized(name) == folder
 
 
 def test_the_format_needs_a_folder(done):
