@@ -19,8 +19,8 @@ from conftest import QUICKSTART, ROOT
 
 from flaxqa import cli
 from flaxqa.errors import UsageError
-from flaxqa.eval import api, lm_eval, run, runs, trackers
-from flaxqa.eval.config import EvalConfig
+from flaxqa.eval import api, compare, finetune, lm_eval, run, runs, trackers
+from flaxqa.eval.config import BenchConfig, CompareConfig, EvalConfig, FinetuneConfig
 
 CHECKPOINT = str(QUICKSTART / "checkpoint")
 HELDOUT = str(QUICKSTART / "heldout.json")
@@ -403,12 +403,48 @@ def test_a_training_tells_its_curves(tmp_path):
     assert "epoch/loss" in found
     assert "train/step" not in found
     assert "epoch/step" not in found
+    assert cli.run(command[:-2]) == 0  # the same run, which is complete
 
 
 def test_a_comparison_tells_of_each_backend():
     content = {"backends": [{"name": "jax/float32", "scores": {"f1": {"value": 5.0}}},
                             {"name": "torch/float32", "absent": "it is not there"}]}  # fmt: skip
     assert trackers.of_backends(content) == {"jax/float32/scores/f1/value": 5.0}
+
+
+@pytest.mark.parametrize("kind", [BenchConfig, CompareConfig])
+def test_comparisons_tell_when_they_are_written(recorders, tmp_path, monkeypatch, kind):
+    config = kind(model="m", data="d", output=str(tmp_path), log=("mlflow", "mlflow"))
+
+    def compared(*arguments):
+        (tmp_path / "comparison.json").write_text("{}")
+        return {"backends": [{"name": "jax/float32", "p50": 1.5}]}
+
+    monkeypatch.setattr(compare, "compared", compared)
+    compare.compare(config)
+    mlflow = recorders["mlflow"]
+    params, metrics = (given for _, given in mlflow.of("log_batch"))  # once, asked for twice
+    assert ("min_seconds", "5.0") in params["params"]
+    assert [one[:2] for one in metrics["metrics"]] == [("jax/float32/p50", 1.5)]
+    assert mlflow.of("log_artifact") == [(("run", str(tmp_path / "comparison.json")), {})]
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compare, "compared", None)
+    with pytest.raises(UsageError, match="--log mlflow needs mlflow"):
+        compare.compare(config)
+
+
+def test_a_training_asks_for_trackers_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    config = FinetuneConfig(model="m", data="d", output=str(tmp_path / "out"), log=("wandb",))
+    with pytest.raises(UsageError, match="--log wandb needs wandb"):
+        finetune.finetune(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_large_stays_behind(recorders, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "LARGEST", 1)  # metrics.json has two bytes
+    trackers.log(options("mlflow"), told(tmp_path))
+    assert not recorders["mlflow"].of("log_artifact")
 
 
 # --- lm-evaluation-harness ---
