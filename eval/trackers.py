@@ -195,7 +195,7 @@ def check(options: LogOptions, output: str) -> None:
     """Raises: UsageError: a tracker is unknown or not installed, or the output is in an object
     store.
     """
-    if isinstance(options.log, str) or not set(options.log) <= set(TRACKERS):
+    if not set(options.log) <= set(TRACKERS):
         raise UsageError(f"log is {options.log!r}, it must be any of {', '.join(TRACKERS)}, as "
                          "('wandb',)")  # fmt: skip
     if options.log and stores.is_url(output):

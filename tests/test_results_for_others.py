@@ -134,9 +134,18 @@ def test_tensorboard_has_every_number(tmp_path, capsys):
     found = scalars(tmp_path / "run" / "tensorboard")
     assert found["f1"] == (0, pytest.approx(metrics["f1"]))
     assert found["calibration/ece"] == (0, pytest.approx(metrics["calibration"]["ece"]))
-    evaluate(tmp_path / "run", "--log", "tensorboard")
-    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     assert "flaxqa: logged; tensorboard --logdir" in capsys.readouterr().err
+
+
+def test_tensorboard_shows_one_run(tmp_path):
+    folder = tmp_path / "tensorboard"
+    folder.mkdir()
+    for name in ("events.out.tfevents.1.here.flaxqa", "events.out.tfevents.2.here"):
+        (folder / name).write_bytes(b"")
+    trackers.log(options("tensorboard"), told(tmp_path))
+    assert not (folder / "events.out.tfevents.1.here.flaxqa").exists()
+    assert (folder / "events.out.tfevents.2.here").exists()  # of another program
+    assert scalars(folder) == {"config/text_summary": (0, 0.0), "f1": (0, 50.0)}
 
 
 def test_numbers_are_flat_and_no_lists_or_flags():
@@ -358,8 +367,11 @@ def test_a_tracker_that_fails_costs_no_result(recorders, tmp_path, capsys, monke
         raise ConnectionError("nobody there")
 
     monkeypatch.setattr(recorders["wandb"], "init", fails, raising=False)
+    monkeypatch.setattr(recorders["trackio"], "finish", lambda: print("a word"), raising=False)
     evaluate(tmp_path / "run", "--log", "wandb", "trackio")
-    said = capsys.readouterr().err
+    printed, said = capsys.readouterr()
+    assert json.loads(printed)["total"] == 40  # metrics alone
+    assert "a word" in said
     assert "wandb could not log the run, whose results are written: ConnectionError: nobody" in said
     assert (tmp_path / "run" / "run.json").exists()
     assert recorders["trackio"].of("init")
