@@ -8,8 +8,10 @@ LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
-    "\u2212": "$-$", "\u2013": "--", "\u2014": "---", "\u03bc": r"$\mu$", "\u03b7": r"$\eta$",
-    "\u00b7": r"$\cdot$", "\u2026": r"\ldots{}", "\u00b1": r"$\pm$",
+    "[": "{[}", "]": "{]}", "*": "{*}",  # after the end of a row they would be its options
+    "\u2212": "$-$", "\u2013": "--", "\u2014": "---", "\u00b1": r"$\pm$", "\u00d7": r"$\times$",
+    "\u03bc": r"$\mu$", "\u00b5": r"$\mu$", "\u03b3": r"$\gamma$", "\u03b7": r"$\eta$",
+    "\u00b7": r"$\cdot$", "\u2026": r"\ldots{}", "\u2082": "$_2$",
 }  # fmt: skip
 CODES = str.maketrans(LATEX)
 

@@ -6,6 +6,7 @@ Light to import: matplotlib is, when a plot is made.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 INK, LINE = "#00f0fe", "#00f0ff"  # stand for colours of the page, as #00f000 and on for its series
 SERIES = 10
 NOTHING = "\u2013"
+ROW = 0.22  # inches of a line of text
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -95,7 +97,7 @@ def bars(
                 axes.annotate(number(value), (right, at), (4, 0), textcoords="offset points",
                               va="center", color=INK, fontsize=9)  # fmt: skip
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     if len(series) > 1:
         legend(axes)
     if not stacked:
@@ -147,52 +149,82 @@ def lines(
 
 
 def scatter(points: Sequence[Mapping[str, Any]], *, name: str, xlabel: str, ylabel: str) -> str:
-    """A named point each: `x`, `y`, its `interval`, and whether it is `valid`, else hollow.
+    """Speeds over scores, a named point each, hollow where it is not valid.
 
-    A line goes through those of which none is better both ways; x is on a logarithmic scale.
+    A dashed line goes through the valid ones of which none is beaten in both.
+
+    Args:
+      points: of each `name`, `valid`, `speed`, `score`, and the score's `interval` or None.
+      name: of the figure.
+      xlabel: what the score is.
+      ylabel: what the speed is; it is on a logarithmic scale.
     """
-    figure, axes = axes_of(4.0, xlabel=xlabel, ylabel=ylabel)
+    points = sorted(points, key=lambda one: float(one["speed"]))
+    figure, axes = axes_of(max(3.6, ROW * len(points) + 1.2), xlabel=xlabel, ylabel=ylabel)
     best = [one for one in points if one["valid"] and not any(
-        other["valid"] and other["x"] >= one["x"] and other["y"] >= one["y"]
-        and (other["x"], other["y"]) != (one["x"], one["y"]) for other in points)]  # fmt: skip
-    edge = sorted((one["x"], one["y"]) for one in best)
-    axes.plot([x for x, _ in edge], [y for _, y in edge], "-", color=LINE, linewidth=1.4, zorder=0)
-    for index, one in enumerate(points):
-        axes.plot(one["x"], one["y"], "o", color=colour(index), markersize=7,
-                  markerfacecolor=colour(index) if one["valid"] else "none",
-                  label=one["name"] + ("" if one["valid"] else ", INVALID"))  # fmt: skip
-        if one["interval"] is not None:
-            axes.vlines(one["x"], *one["interval"], color=colour(index), linewidth=1.0)
-    axes.set_xscale("log")
-    places = [step * 10**power for power in range(-2, 7) for step in (1, 2, 5)]
-    low, high = (end(one["x"] for one in points) for end in (min, max))
-    axes.set_xlim(low / 1.25, high * 1.25)
-    inside = [place for place in places if low / 1.25 <= place <= high * 1.25]
-    axes.set_xticks(inside, [f"{place:,g}" for place in inside])
+        other["valid"] and other["speed"] >= one["speed"] and other["score"] >= one["score"]
+        and (other["speed"], other["score"]) != (one["speed"], one["score"])
+        for other in points)]  # fmt: skip
+    edge = sorted((one["score"], one["speed"]) for one in best)
+    axes.plot(*zip(*edge, strict=True) if edge else ((), ()), "--", color=INK, linewidth=1.0)
+    axes.set_yscale("log")
+    low, high = points[0]["speed"] / 1.25, points[-1]["speed"] * 1.25
+    axes.set_ylim(low, high)
+    steps = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)
+    places = [place for power in range(-3, 7) for step in steps
+              if low <= (place := step * 10**power) <= high]  # fmt: skip
+    axes.set_yticks(places, [f"{place:,g}" for place in places])
     axes.minorticks_off()
+    heights = [math.log(one["speed"] / low) / math.log(high / low) for one in points]
+    beside = apart(heights, ROW / (figure.get_figheight() - 0.9))
+    for index, (one, height) in enumerate(zip(points, beside, strict=True)):
+        at = (one["score"], one["speed"])
+        axes.plot(*at, "o", color=colour(index), markersize=7,
+                  markerfacecolor=colour(index) if one["valid"] else "none")  # fmt: skip
+        if one["interval"] is not None:
+            axes.hlines(one["speed"], *one["interval"], color=colour(index), linewidth=1.4)
+        axes.annotate(one["name"] + ("" if one["valid"] else ", INVALID"), at, (1.03, height),
+                      textcoords="axes fraction", va="center", color=INK, fontsize=9,
+                      arrowprops={"arrowstyle": "-", "color": colour(index), "linewidth": 0.5,
+                                  "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 5})  # fmt: skip
     axes.grid(color=LINE, linewidth=0.6)
-    legend(axes)
     return svg(figure, name)
 
 
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """Places in order, moved until each is a gap from the next, none above 1 if there is room."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + gap) if moved else place)
+    top = 1.0
+    for index in reversed(range(len(moved))):
+        moved[index] = min(moved[index], top)
+        top = moved[index] - gap
+    return moved
+
+
 def speed_and_quality(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """F1 over the highest throughput of each backend; None of less than two."""
+    """The highest throughput of each backend over its F1; None of less than two."""
     points = [
         {"name": row["name"], "valid": row["verdict"] == "VALID",
-         "x": max(one["questions_per_second"] for one in row["offline"].values()),
-         "y": row["scores"]["f1"]["value"], "interval": row["scores"]["f1"].get("interval")}
+         "speed": max(one["questions_per_second"] for one in row["offline"].values()),
+         "score": row["scores"]["f1"]["value"], "interval": row["scores"]["f1"].get("interval")}
         for row in rows if row["offline"]
     ]  # fmt: skip
     if len(points) < 2:
         return None
-    return scatter(points, name="quality", ylabel="F1, percent; the line is the 95 % interval",
-                   xlabel="questions/s, all at once, in the fastest way of each")  # fmt: skip
+    return scatter(
+        points, name="quality", ylabel="questions/s, in the fastest way of each",
+        xlabel="F1, percent, with 95 % intervals\ndashed: none beats these in both",
+    )  # fmt: skip
 
 
 def legend(axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False,
-                labelcolor=INK, fontsize=9)  # fmt: skip
+    # A legend that is wider than the axes would make them narrower.
+    columns = max(min(3, 80 // (max(map(len, labels)) + 6)), 1)
+    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns,
+                frameon=False, labelcolor=INK, fontsize=9)  # fmt: skip
 
 
 def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

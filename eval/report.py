@@ -25,10 +25,12 @@ from .runs import Kind
 from .squad import METRICS
 from .summaries import (
     by_theme,
+    cell,
     cut,
     disagreements,
     groups,
     head_of,
+    price,
     shown,
     summary,
     table,
@@ -188,7 +190,7 @@ def page(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"shown": shown, "cut": cut}
+    environment.filters |= {"shown": shown, "cut": cut, "as_cell": cell}
     environment.globals |= {"as_markdown": copies.plain_markdown, "as_latex": copies.latex}
     compared = [
         {
@@ -197,6 +199,7 @@ def page(
             "title": title(run.comparison),
             "head": head_of(run.comparison),
             "summary": summary(run.comparison),
+            "dollars": price(run.comparison, dollars),
             "themes": by_theme(*table(run.comparison, dollars)),
             "plots": plots(there(run.comparison)),
             "disagreements": disagreements(run.comparison),

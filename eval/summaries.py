@@ -13,6 +13,7 @@ from .runs import last_part
 from .squad import METRICS
 
 SHOWN = 50  # disagreements
+TITLE = 7  # backends that a title names
 MINUS = "\u2212"
 LONGEST = 1_000  # characters of a text
 AROUND = 160  # characters on both sides of an answer
@@ -55,6 +56,8 @@ def speed(row: Mapping[str, Any]) -> float:
 def title(content: Mapping[str, Any]) -> str:
     """What was compared, on what."""
     names = list(dict.fromkeys(row["backend"] for row in content["backends"]))
+    if len(names) > TITLE:
+        names[TITLE - 1 :] = [f"{len(names) - TITLE + 1} more"]
     many = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
     return f"{many} on {content['questions']:,} questions of {last_part(content['data']['name'])}"
 
@@ -138,8 +141,7 @@ def table(
     """
     # Where each computes is said if not all do so on the processor.
     placed = any(row["device"] != "cpu" for row in there(content))
-    if dollars is None:
-        dollars = content.get("config", {}).get("dollars_per_hour")
+    dollars = price(content, dollars)
     measured = [(row, None if "absent" in row else dict(cells(row, placed, dollars)))
                 for row in content["backends"]]  # fmt: skip
     longest = max((list(each) for _, each in measured if each), key=len, default=["backend"])
@@ -154,6 +156,11 @@ def table(
         else:
             rows.append([each.get(name, NOTHING) for name in head])
     return head, rows
+
+
+def price(content: Mapping[str, Any], dollars: float | None) -> float | None:
+    """Dollars for an hour of the machine: as given, otherwise as the comparison was told."""
+    return dollars if dollars is not None else content["config"].get("dollars_per_hour")
 
 
 def column(name: str) -> str:
@@ -190,11 +197,12 @@ COLUMNS = (
 
 
 THEMES = {
-    "Answers": ("backend", "on", "verdict", *(one.label for one in METRICS.values()),
-                "same answers", "logits apart", f"F1 {MINUS} reference"),
+    "Answers": ("backend", "on", "verdict", *(one.label for one in METRICS.values())),
+    "Beside the reference": ("same answers", "logits apart", f"F1 {MINUS} reference"),
     "Throughput": ("questions/s",),
     "Use of the machine": ("useful TFLOP/s", "step TFLOP/s", "host"),
-    "Energy and cost": ("Wh/1,000", "questions/s per W", "questions/$"),
+    "Energy": ("Wh/1,000", "questions/s per W"),
+    "Cost": ("questions/$",),
     "Latency": ("p50", "p99", "served/s"),
     "Start and memory": ("start cold", "start", "load", "first call", "memory", "device memory"),
 }  # fmt: skip
@@ -310,6 +318,18 @@ def shown(text: str) -> Any:
     import markupsafe
 
     return markupsafe.Markup("<bdi>{}</bdi>").format(cut(text))  # which escapes it
+
+
+def cell(text: str) -> Any:
+    """A cell as HTML; its line may break before brackets and after slashes."""
+    import markupsafe
+
+    value, space, brackets = text.partition(" (")
+    if space and value[:1] in f"0123456789+{MINUS}":
+        html = markupsafe.Markup('<bdi class="pair"><span>{}</span> <span>({}</span></bdi>')
+        return html.format(value, brackets)
+    parts = markupsafe.Markup("/<wbr>").join(text.split("/"))
+    return markupsafe.Markup("<bdi>{}</bdi>").format(parts)
 
 
 def cut(text: str) -> str:

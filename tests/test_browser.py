@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import time
+from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
@@ -16,7 +17,7 @@ from conftest import QUICKSTART
 
 from flaxqa import cli
 from flaxqa.answers import Answer, Answers
-from flaxqa.eval import examples, mistakes, questions, report, run, squad
+from flaxqa.eval import examples, mistakes, questions, report, run, squad, summaries
 from flaxqa.eval.questions import Data, SquadExample
 
 pytestmark = pytest.mark.browser
@@ -285,6 +286,66 @@ def test_tables_can_be_copied(opened):
     shown.page.locator("details.copies").first.locator("summary").click()
     shown.page.locator("details.copies").first.locator("button").nth(1).click()
     assert shown.page.evaluate("navigator.clipboard.readText()").startswith("\\begin{tabular}{l")
+
+
+# --- comparisons ---
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The page of a recorded comparison, in which all that can be measured now was."""
+    recorded = Path(__file__).parent.parent / "benchmarks" / "2026-11-28-epyc-zen4-2cpu.json"
+    text = recorded.read_text().replace("openvino/bfloat16", "mine.backends:OpenVino/bfloat16")
+    content = json.loads(text)
+    assert len(content["backends"]) == 11
+    content["device"] = content["device_name"] = "NVIDIA H100 80GB HBM3"
+    content["config"]["dollars_per_hour"] = 1.2
+    for row in content["backends"]:
+        row |= {"device": content["device"], "device_memory_bytes": 2**35}
+        tuned = {**row["offline"]["tuned"], "kwh_per_1000_questions": 1.234e-5,
+                 "questions_per_second": 4321.0, "lowest": 4210.0, "highest": 4444.0,
+                 "host_share": 0.123}  # fmt: skip
+        row["offline"] = dict.fromkeys(("shipped", "tuned", "streamed"), tuned)
+        row["single"] = {"queries": 2, "p50": 0.0123, "p90": 0.02, "p99": 0.0234,
+                         "latencies": [0.01, 0.02], "stages": {}}  # fmt: skip
+        trial = {"rate": 20.0, "queries": 9, "p50": 0.1, "p90": 0.2, "p99": 0.3}
+        row["server"] = {"bound": 1.0, "rate": 1234.0, "trials": [trial]}
+        row["starts"] = {"empty": {"seconds": 12.3}, "full": {"seconds": 3.45}}
+        row["step"] = {"useful_flops_per_second": 1.2e14, "share_of_products": 0.45}
+    path = tmp_path_factory.mktemp("compared") / "page.html"
+    report.write([report.Run("compared", comparison=content)], path)
+    return path, len(summaries.table(content)[0])
+
+
+@pytest.mark.parametrize("width", [1100, 1600])
+def test_no_column_of_a_comparison_is_hidden(browser, compared, width):
+    path, columns = compared
+    assert columns > 30
+    context = browser.new_context(viewport={"width": width, "height": 900})
+    shown = Page(context, path)
+    hidden = shown.page.evaluate("""[...document.querySelectorAll(".scroll")]
+      .filter(one => one.scrollWidth > one.clientWidth).map(one => one.innerText)""")
+    assert hidden == []
+    assert shown.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert shown.said == []
+    assert shown.page.title().startswith("flaxqa: jax, ")
+    context.close()
+
+
+def test_a_comparison_on_a_telephone(browser, compared):
+    context = browser.new_context(viewport={"width": 390, "height": 900}, color_scheme="dark")
+    shown = Page(context, compared[0])
+    assert shown.page.evaluate("document.documentElement.scrollWidth") <= 390
+    table = shown.page.locator("h3:has-text('Energy') + .scroll")
+    table.evaluate("one => one.scrollLeft = 1000")
+    # The backend stays where it is while the rest moves, and leaves most of the width to it.
+    first = table.locator("tbody tr").first.locator("td")
+    name, last = first.first.bounding_box(), first.last.bounding_box()
+    edges = table.bounding_box()
+    assert name["x"] == pytest.approx(edges["x"], abs=1)
+    assert name["width"] < 0.4 * edges["width"]
+    assert last["x"] + last["width"] <= edges["x"] + edges["width"] + 1
+    context.close()
 
 
 # --- hostile data ---

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import html.parser
+import itertools
 import json
 import re
 import shutil
@@ -110,7 +111,7 @@ class Reader(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "path", "use", "br", "input"):
+        if tag not in ("meta", "path", "use", "br", "input", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -333,6 +334,38 @@ def test_the_head_says_what_was_compared_when_and_on_what(content, page):
     assert "/home/ada" not in made.partition("Configuration, model and data")[0]
 
 
+def test_a_title_names_some_of_many_backends(content):
+    rows = content["backends"][:1] * 9
+    content["backends"] = [{**row, "backend": f"b{index}"} for index, row in enumerate(rows)]
+    assert summaries.title(content).startswith("b0, b1, b2, b3, b4, b5 and 3 more on 1,200 ")
+    content["backends"] = content["backends"][:7]
+    assert summaries.title(content).startswith("b0, b1, b2, b3, b4, b5 and b6 on 1,200 ")
+
+
+def test_a_price_given_later_replaces_that_of_the_comparison(content):
+    assert summaries.price(content, None) is None
+    content["config"]["dollars_per_hour"] = 7.2
+    assert summaries.price(content, None) == 7.2
+    assert summaries.price(content, 3.6) == 3.6
+    head, rows = summaries.table(content, 3.6)
+    assert rows[0][head.index("questions/$, tuned")] == "100,000"
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("80.00 (79.00 to <b>)", '<bdi class="pair"><span>80.00</span> <span>(79.00 to &lt;b&gt;)'
+         "</span></bdi>"),
+        ("\u22121.25 (a)", '<bdi class="pair"><span>\u22121.25</span> <span>(a)</span></bdi>'),
+        ("a/b (c)", "<bdi>a/<wbr>b (c)</bdi>"),
+        ("<b>/x", "<bdi>&lt;b&gt;/<wbr>x</bdi>"),
+        ("1.5", "<bdi>1.5</bdi>"),
+    ],
+)  # fmt: skip
+def test_cells_break_before_brackets_and_after_slashes(text, html):
+    assert summaries.cell(text) == html
+
+
 def test_every_column_is_in_one_theme(content):
     content["config"]["dollars_per_hour"] = 3.6
     one = content["backends"][0]
@@ -345,14 +378,15 @@ def test_every_column_is_in_one_theme(content):
     assert sorted(found) == sorted(head[1:])
     for names, cells in themes.values():
         assert names[0] == "backend"
-        assert len(names) <= 8
+        assert len(names) <= 7
         for row, whole in zip(cells, rows, strict=True):
             assert row == [whole[head.index(name)] for name in names]
-    costs = dict(zip(themes["Energy and cost"][0], themes["Energy and cost"][1][0], strict=True))
-    assert costs["questions/$, tuned"] == f"{100 * 3600 / 3.6:,.0f}"
-    assert costs["Wh/1,000, tuned"] == "5.00"
+    energy, cost = (dict(zip(names, cells[0], strict=True))
+                    for names, cells in (themes["Energy"], themes["Cost"]))  # fmt: skip
+    assert cost["questions/$, tuned"] == f"{100 * 3600 / 3.6:,.0f}"
+    assert energy["Wh/1,000, tuned"] == "5.00"
     # 1,000 questions take 5 Wh, that is 18,000 J.
-    assert costs["questions/s per W, tuned"] == plots.number(1_000 / 18_000)
+    assert energy["questions/s per W, tuned"] == plots.number(1_000 / 18_000)
 
 
 def test_the_price_can_be_told_later(content, tmp_path):
@@ -364,6 +398,7 @@ def test_the_price_can_be_told_later(content, tmp_path):
     assert cli.run([*command, "--dollars-per-hour", "3.6"]) == 0
     assert "questions/$, tuned" in page.read_text()
     assert "100,000" in page.read_text()
+    assert "is taken to cost $3.60." in page.read_text()
 
 
 def test_scores_have_their_intervals(content):
@@ -393,22 +428,75 @@ def test_speed_and_quality_are_one_picture(content):
     text = "".join(ElementTree.fromstring(drawn).itertext())  # noqa: S314 (our own)
     assert "torch/float32" in text
     assert text.count("INVALID") == 1
-    assert "10" in text
+    assert f"{EVIL}/float32, INVALID" in text
     assert plots.speed_and_quality(rows[:1]) is None
+    rows[0]["scores"]["f1"].pop("interval")  # of an older version
+    assert "torch/float32" in plots.speed_and_quality(rows)
 
 
-def test_the_edge_has_what_nothing_beats_both_ways(monkeypatch):
-    drawn = {}
+@pytest.fixture
+def scattered(monkeypatch):
+    """The axes of a scatter of speeds, scores, whether they are valid, and intervals."""
 
-    def svg(figure, name):
-        drawn["edge"] = figure.axes[0].lines[0].get_xydata().tolist()
-        return ""
+    def draw(*values):
+        found = []
+        monkeypatch.setattr(plots, "svg", lambda figure, name: found.append(figure) or "")
+        points = [dict(zip(("speed", "score", "valid", "interval"), one, strict=True))
+                  for one in values]  # fmt: skip
+        plots.scatter([{**one, "name": str(one["speed"])} for one in points],
+                      name="a", xlabel="x", ylabel="y")  # fmt: skip
+        return found[0].axes[0]
 
-    monkeypatch.setattr(plots, "svg", svg)
-    values = [(1, 9, True), (2, 5, True), (3, 6, True), (4, 4, True), (9, 9, False)]
-    points = [{"name": str(x), "x": x, "y": y, "valid": v, "interval": None} for x, y, v in values]
-    plots.scatter(points, name="a", xlabel="x", ylabel="y")
-    assert drawn["edge"] == [[1, 9], [3, 6], [4, 4]]
+    return draw
+
+
+def test_the_edge_has_what_nothing_beats_both_ways(scattered):
+    values = [(1, 9, True), (3, 6, True), (2, 5, True), (4, 4, True), (4, 4, True), (9, 9, False)]
+    axes = scattered(*((*one, None) for one in values))
+    edge, *points = axes.lines
+    assert edge.get_xydata().tolist() == [[4, 4], [4, 4], [6, 3], [9, 1]]
+    hollow = [one.get_xydata()[0].tolist() for one in points
+              if one.get_markerfacecolor() == "none"]  # fmt: skip
+    assert hollow == [[9, 9]]
+    assert len(points) == len(values)
+    assert not axes.collections  # no intervals
+    assert [one.get_text() for one in axes.texts] == ["1", "2", "3", "4", "4", "9, INVALID"]
+
+
+def test_points_have_intervals_and_the_scale_has_numbers(scattered):
+    axes = scattered((2.7, 80, False, (70, 85)), (3.4, 81, False, (79, 90)))
+    assert [one.get_segments()[0].tolist() for one in axes.collections] == [
+        [[70, 2.7], [85, 2.7]], [[79, 3.4], [90, 3.4]]]  # fmt: skip
+    assert axes.get_yscale() == "log"
+    low, high = axes.get_ylim()
+    assert low < 2.7 < 3.4 < high
+    assert [one.get_text() for one in axes.get_yticklabels()] == ["3", "4"]
+    wide = scattered((1, 80, True, None), (100, 81, True, None))
+    assert [one.get_text() for one in wide.get_yticklabels()] == [
+        "1", "2", "5", "10", "20", "50", "100"]  # fmt: skip
+
+
+def test_names_stand_apart(scattered):
+    assert plots.apart([0.1, 0.2, 0.6], 0.1) == pytest.approx([0.1, 0.2, 0.6])
+    assert plots.apart([0.1, 0.1, 0.15], 0.1) == pytest.approx([0.1, 0.2, 0.3])
+    assert plots.apart([0.9, 0.95, 1.0], 0.2) == pytest.approx([0.6, 0.8, 1.0])
+    axes = scattered(*((10 + 0.01 * place, 80, True, None) for place in range(20)))
+    places = [one.xyann[1] for one in axes.texts]
+    figure = axes.get_figure()
+    figure.draw_without_rendering()
+    height = figure.get_figheight() * axes.get_position().height
+    assert places[0] >= 0
+    assert places[-1] <= 1
+    assert all(b - a > 0.14 / height for a, b in itertools.pairwise(places))
+
+
+@pytest.mark.parametrize(("longest", "columns"), [(10, 3), (30, 2), (60, 1), (500, 1)])
+def test_a_legend_is_not_wider_than_its_axes(longest, columns):
+    _, axes = plots.axes_of(3.0, xlabel="x")
+    for name in ("a", "b", "c" * longest):
+        axes.plot((0, 1), (0, 1), label=name)
+    plots.legend(axes)
+    assert axes.get_legend()._ncols == columns
 
 
 def test_tables_are_copied_as_markdown_and_latex(page):
@@ -423,4 +511,8 @@ def test_tables_are_copied_as_markdown_and_latex(page):
         "$-$1 & \\{\\textbackslash{}\\textasciicircum{}\\textasciitilde{}\\#\\$\\} \\\\"
     )
     assert lines[-1] == "\\end{tabular}"
+    # What would be options of the end of the row before.
+    assert copies.latex(["a"], [["*b"], ["[c]"]]).splitlines()[3:5] == ["{*}b \\\\", "{[}c{]} \\\\"]
+    assert copies.latex(["\u03bc"], [["\u00b5\u2013"]]).splitlines()[1:4:2] == [
+        "$\\mu$ \\\\", "$\\mu$-- \\\\"]  # fmt: skip
     assert page.count('<pre class="copy">') == 2 * page.count('<details class="copies">') > 4
