@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 INK, LINE = "#00f0fe", "#00f0ff"  # stand for colours of the page, as #00f000 and on for its series
 SERIES = 10
 NOTHING = "\u2013"
+LONGEST = 40  # characters of a name
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -31,13 +33,22 @@ def colour(index: int) -> str:
     return f"#00f0{index % SERIES:02x}"
 
 
+def plain(name: str) -> str:
+    """A name as matplotlib shows it: of one short line, no formula, never left out of a legend."""
+    text = " ".join(name.split())
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def svg(figure: Any, name: str) -> str:
     """A figure as SVG for the page, in its colours and its font."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    settings = mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name})
+    with settings, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # which the browser's font may have
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
     text = buffer.getvalue()
@@ -80,7 +91,7 @@ def bars(
     size = 0.7 if stacked else 0.8 / len(series)
     left = [0.0] * len(names)
     for index, (label, values) in enumerate(series.items()):
-        axes.barh(0, 0, color=colour(index), label=label)  # for the legend
+        axes.barh(0, 0, color=colour(index), label=plain(label))  # for the legend
         for place, value in enumerate(values):
             if value is None:
                 continue
@@ -94,7 +105,7 @@ def bars(
                 right = max(value, (spread[label][place] or (0, 0))[1]) if spread else value
                 axes.annotate(number(value), (right, at), (4, 0), textcoords="offset points",
                               va="center", color=INK, fontsize=9)  # fmt: skip
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), map(plain, names))
     axes.invert_yaxis()
     if len(series) > 1:
         legend(axes)
@@ -123,7 +134,7 @@ def lines(
         mark = marks[index % len(marks)] if len(x) < 20 else None
         style = "-" if index < SERIES else "--"
         axes.plot(x, y, style, color=colour(index), marker=mark, markersize=4, linewidth=1.6,
-                  label=label)  # fmt: skip
+                  label=plain(label))  # fmt: skip
         if spread is not None and label in spread:
             low, high = zip(*spread[label], strict=True)
             axes.vlines(x, low, high, color=colour(index), linewidth=1.0)
@@ -160,7 +171,7 @@ def scatter(points: Sequence[Mapping[str, Any]], *, name: str, xlabel: str, ylab
     for index, one in enumerate(points):
         axes.plot(one["x"], one["y"], "o", color=colour(index), markersize=7,
                   markerfacecolor=colour(index) if one["valid"] else "none",
-                  label=one["name"] + ("" if one["valid"] else ", INVALID"))  # fmt: skip
+                  label=plain(one["name"]) + ("" if one["valid"] else ", INVALID"))  # fmt: skip
         if one["interval"] is not None:
             axes.vlines(one["x"], *one["interval"], color=colour(index), linewidth=1.0)
     axes.set_xscale("log")
