@@ -147,7 +147,8 @@ def of_run(run: runs.Run) -> Examples:
 
     path = run.directory / FILE
     try:
-        columns = pq.read_table(path).to_pydict()
+        with path.open("rb") as file:  # its name may not be UTF-8, which pyarrow needs
+            columns = pq.read_table(file).to_pydict()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if "context" not in columns or "mistake" not in columns:

@@ -76,7 +76,8 @@
   groups.forEach(([title, order], index) => {
     const there = new Set(questions.map((one) => one.g[index]));
     const options = set(order).filter(([value]) => there.has(Number(value)));
-    select(`group-${index}`, title[0].toUpperCase() + title.slice(1), [["", "any"], ...options]);
+    const label = title || "group"; // a column of a CSV file may have no name
+    select(`group-${index}`, label[0].toUpperCase() + label.slice(1), [["", "any"], ...options]);
   });
   select("windows", "Windows", [["", "any"], ["1", "one"], ["2", "two or more"]]);
   select("score", "Score", [["", "any"], ...[...Array(10).keys()].map(
@@ -122,7 +123,7 @@
     return scores.length ? Math.min(...scores) : -1;
   }
 
-  function apply(keep) {
+  function apply() {
     const value = Object.fromEntries(new FormData(form));
     const run = value.run ?? "";
     const words = value.search.toLowerCase().split(/\s+/).filter(Boolean);
@@ -158,9 +159,10 @@
       const keys = new Map(shown.map((index) => [index, by(questions[index])]));
       shown.sort((a, b) => (keys.get(a) < keys.get(b) ? -1 : keys.get(a) > keys.get(b) ? 1 : a - b));
     }
-    const at = keep ? Math.max(shown.indexOf(current), 0) : 0;
     count.textContent = `${shown.length.toLocaleString("en")} of ${questions.length.toLocaleString("en")} questions`;
-    draw(at - (at % STEP));
+    if (!shown.slice(0, STEP).includes(current)) current = -1;
+    draw(0);
+    if (current >= 0) showAnswer(element(current));
   }
 
   // --- the list ---
@@ -188,7 +190,7 @@
   more.onclick = grow;
   new IntersectionObserver((entries) => {
     if (entries.some((entry) => entry.isIntersecting) && to < shown.length) grow();
-  }, { rootMargin: "600px" }).observe(more);
+  }, { rootMargin: "0px 0px 600px" }).observe(more);
 
   const verdict = (found) => (found[EM] ? "right" : found[F1] > 0 ? "partly" : "wrong");
   const sign = { right: "✓", partly: "◐", wrong: "✗" };
@@ -234,16 +236,19 @@
     current = -1;
   }
 
-  function open(index, smooth) {
+  function open(index) {
     close();
     current = index;
     const place = shown.indexOf(index);
     if (place < from || place >= to) draw(place - (place % STEP));
     const made = element(index);
     if (!made.classList.contains("open")) expand(made, index);
+    showAnswer(made);
     made.firstChild.focus({ preventScroll: true });
-    made.scrollIntoView({ block: "nearest", behavior: smooth ? "smooth" : "auto" });
-    history.replaceState(null, "", `#${encodeURIComponent(questions[index].i)}`);
+    made.scrollIntoView({ block: "nearest" });
+    try {
+      history.replaceState(null, "", `#${encodeURIComponent(questions[index].i)}`);
+    } catch {} // inside of another page, or too often
   }
 
   function expand(made, index) {
@@ -252,11 +257,23 @@
     made.append(detail(questions[index]));
   }
 
+  // A long context has a scrollbar of its own.
+  function showAnswer(made) {
+    const whole = made.querySelector(".context");
+    const first = whole.querySelector("mark, .run");
+    if (!first) return;
+    const below = first.getBoundingClientRect().top - whole.getBoundingClientRect().top;
+    whole.scrollTop = below - whole.clientHeight / 3;
+  }
+
   // --- one question ---
 
   function detail(one) {
     const made = make("div", "detail");
     made.append(context(one));
+    if (one.m && (one.s.includes(null) || one.r.some((found) => found && found[TEXT] && !found[SPAN]))) {
+      made.append(make("p", "soft", "Some answers are not in the part of the context that is shown."));
+    }
     const right = make("p");
     right.append("Right: ");
     if (one.a.length) {
@@ -353,14 +370,12 @@
   });
 
   function follow() {
-    let id;
+    let id = location.hash.slice(1);
     try {
-      id = decodeURIComponent(location.hash.slice(1));
-    } catch {
-      return;
-    }
+      id = decodeURIComponent(id);
+    } catch {} // an id with % in it, written by hand
     const index = byId.get(id);
-    if (index === undefined || index === current) return;
+    if (index === undefined) return;
     if (!shown.includes(index)) {
       form.reset();
       apply();
@@ -385,11 +400,16 @@
   let waiting;
   form.addEventListener("input", () => {
     clearTimeout(waiting);
-    waiting = setTimeout(() => apply(true), 120);
+    waiting = setTimeout(apply, 120);
   });
-  form.addEventListener("reset", () => setTimeout(() => apply(true)));
+  form.querySelector("button[type=reset]").addEventListener("click", () => setTimeout(apply));
   form.addEventListener("submit", (event) => event.preventDefault());
   addEventListener("hashchange", follow);
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest('a[href^="#"]');
+    // Without a change of the address nothing else tells of the click.
+    if (link && !event.defaultPrevented && link.hash === location.hash) follow();
+  });
   document.getElementById("explorer").hidden = false;
   apply();
   follow();

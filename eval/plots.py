@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ INK, LINE = "#00f0fe", "#00f0ff"  # stand for colours of the page, as #00f000 an
 SERIES = 10
 NOTHING = "\u2013"
 ROW = 0.22  # inches of a line of text
+LONGEST = 40  # characters of a name
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -33,13 +35,22 @@ def colour(index: int) -> str:
     return f"#00f0{index % SERIES:02x}"
 
 
+def plain(name: str) -> str:
+    """A name as matplotlib shows it: of one short line, no formula, never left out of a legend."""
+    text = " ".join(name.split())
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def svg(figure: Any, name: str) -> str:
     """A figure as SVG for the page, in its colours and its font."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    settings = mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name})
+    with settings, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # which the browser's font may have
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
     text = buffer.getvalue()
@@ -82,7 +93,7 @@ def bars(
     size = 0.7 if stacked else 0.8 / len(series)
     left = [0.0] * len(names)
     for index, (label, values) in enumerate(series.items()):
-        axes.barh(0, 0, color=colour(index), label=label)  # for the legend
+        axes.barh(0, 0, color=colour(index), label=plain(label))  # for the legend
         for place, value in enumerate(values):
             if value is None:
                 continue
@@ -96,7 +107,7 @@ def bars(
                 right = max(value, (spread[label][place] or (0, 0))[1]) if spread else value
                 axes.annotate(number(value), (right, at), (4, 0), textcoords="offset points",
                               va="center", color=INK, fontsize=9)  # fmt: skip
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), map(plain, names))
     axes.set_ylim(len(names) - 0.5, -0.5)
     if len(series) > 1:
         legend(axes)
@@ -125,7 +136,7 @@ def lines(
         mark = marks[index % len(marks)] if len(x) < 20 else None
         style = "-" if index < SERIES else "--"
         axes.plot(x, y, style, color=colour(index), marker=mark, markersize=4, linewidth=1.6,
-                  label=label)  # fmt: skip
+                  label=plain(label))  # fmt: skip
         if spread is not None and label in spread:
             low, high = zip(*spread[label], strict=True)
             axes.vlines(x, low, high, color=colour(index), linewidth=1.0)
@@ -183,7 +194,7 @@ def scatter(points: Sequence[Mapping[str, Any]], *, name: str, xlabel: str, ylab
                   markerfacecolor=colour(index) if one["valid"] else "none")  # fmt: skip
         if one["interval"] is not None:
             axes.hlines(one["speed"], *one["interval"], color=colour(index), linewidth=1.4)
-        axes.annotate(one["name"] + ("" if one["valid"] else ", INVALID"), at, (1.03, height),
+        axes.annotate(plain(one["name"]) + ("" if one["valid"] else ", INVALID"), at, (1.03, height),
                       textcoords="axes fraction", va="center", color=INK, fontsize=9,
                       arrowprops={"arrowstyle": "-", "color": colour(index), "linewidth": 0.5,
                                   "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 5})  # fmt: skip

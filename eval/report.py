@@ -137,7 +137,7 @@ def evaluated_of(given: Sequence[Run], options: Mapping[str, Any]) -> dict[str, 
     shown: dict[str, Any] = {
         "title": evaluated.title(found), "same": same, "table": grid,
         "plots": evaluated.plots(found), "differ": evaluated.questions_differ(found),
-        "made_of": {run.directory.name: run.about for run in found},
+        "made_of": {name: run.about for name, run in zip(runs.names(found), found, strict=True)},
     }  # fmt: skip
     read, problems = [], []
     for run in found:
@@ -243,7 +243,7 @@ def write(given: Sequence[Run], path: str | Path, **options: Any) -> None:
             f"the results in {culprit(given)} are damaged, or of another version: "
             f"{type(error).__name__}: {error}"
         ) from error
-    files.write_named(path, content.encode())
+    files.write_named(path, examples.valid(content).encode())
 
 
 def culprit(given: Sequence[Run]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -154,7 +155,8 @@ def evaluation(directory: str | Path) -> Run:
 
 def names(found: Sequence[Run]) -> list[str]:
     """The names of their directories, with as much of the paths as tells them apart."""
-    paths = [files.local(run.directory).absolute().parts for run in found]
+    whole = [os.fsencode(files.local(run.directory).absolute()) for run in found]
+    paths = [Path(path.decode(errors="replace")).parts for path in whole]
     for count in range(1, max(map(len, paths), default=0) + 1):
         short = ["/".join(parts[-count:]) for parts in paths]
         if len(set(short)) == len(short):

@@ -160,7 +160,10 @@ def table(
 
 def price(content: Mapping[str, Any], dollars: float | None) -> float | None:
     """Dollars for an hour of the machine: as given, otherwise as the comparison was told."""
-    return dollars if dollars is not None else content["config"].get("dollars_per_hour")
+    if dollars is not None:
+        return dollars
+    told: float | None = content.get("config", {}).get("dollars_per_hour")
+    return told
 
 
 def column(name: str) -> str:
