@@ -194,9 +194,9 @@ def scatter(points: Sequence[Mapping[str, Any]], *, name: str, xlabel: str, ylab
                   markerfacecolor=colour(index) if one["valid"] else "none")  # fmt: skip
         if one["interval"] is not None:
             axes.hlines(one["speed"], *one["interval"], color=colour(index), linewidth=1.4)
-        axes.annotate(plain(one["name"]) + ("" if one["valid"] else ", INVALID"), at, (1.03, height),
-                      textcoords="axes fraction", va="center", color=INK, fontsize=9,
-                      arrowprops={"arrowstyle": "-", "color": colour(index), "linewidth": 0.5,
+        said = plain(one["name"]) + ("" if one["valid"] else ", INVALID")
+        axes.annotate(said, at, (1.03, height), textcoords="axes fraction", va="center",
+                      color=INK, fontsize=9, arrowprops={"arrowstyle": "-", "color": colour(index), "linewidth": 0.5,
                                   "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 5})  # fmt: skip
     axes.grid(color=LINE, linewidth=0.6)
     return svg(figure, name)
