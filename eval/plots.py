@@ -195,9 +195,10 @@ def scatter(points: Sequence[Mapping[str, Any]], *, name: str, xlabel: str, ylab
         if one["interval"] is not None:
             axes.hlines(one["speed"], *one["interval"], color=colour(index), linewidth=1.4)
         said = plain(one["name"]) + ("" if one["valid"] else ", INVALID")
+        line = {"arrowstyle": "-", "color": colour(index), "linewidth": 0.5, "relpos": (0, 0.5),
+                "shrinkA": 1, "shrinkB": 5}  # fmt: skip
         axes.annotate(said, at, (1.03, height), textcoords="axes fraction", va="center",
-                      color=INK, fontsize=9, arrowprops={"arrowstyle": "-", "color": colour(index), "linewidth": 0.5,
-                                  "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 5})  # fmt: skip
+                      color=INK, fontsize=9, arrowprops=line)  # fmt: skip
     axes.grid(color=LINE, linewidth=0.6)
     return svg(figure, name)
 
