@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from .groups import Grouping
 from .plots import NOTHING, bars, lines, number
 from .runs import Run, last_part, names
 from .squad import METRICS, Scores
-from .summaries import cut, excerpt, signed
+from .summaries import AROUND, cut, signed
 
 EXAMPLES = 3  # of a kind of mistake
 Table = tuple[list[str], list[list[Any]]]
@@ -158,12 +159,30 @@ def mistakes_of(runs: Sequence[Examples]) -> dict[str, Any]:
 
 def example(run: Examples, place: int) -> dict[str, Any]:
     question, said = run.questions[place], run.predictions[place]
+    right = [span for span, _ in mistakes.places(question)]
+    own = run.spans[place] if said else None
     return {
         "id": question.id, "question": question.question, "answer": said or "",
         "right": " | ".join(dict.fromkeys(question.answers)), "run": run.name,
-        "pieces": [(cut(text), marked) for text, marked in
-                   excerpt(question.context, [*question.answers, said or ""])],
+        "pieces": pieces(question.context, right, [own] if own else []),
     }  # fmt: skip
+
+
+def pieces(
+    context: str, right: Sequence[mistakes.Span], said: Sequence[mistakes.Span]
+) -> list[tuple[str, bool, bool]]:
+    """The part of a context around spans, in pieces; of each whether it is right, and was said."""
+    spans = [*right, *said]
+    begin = max(min((span[0] for span in spans), default=0) - AROUND, 0)
+    end = min(max((span[1] for span in spans), default=AROUND) + AROUND, len(context))
+    ends = sorted({begin, end, *(place for span in spans for place in span)})
+    found = [
+        (cut(context[one:other]), *(any(first <= one and other <= last for first, last in of)
+                                    for of in (right, said)))
+        for one, other in itertools.pairwise(ends)
+    ]  # fmt: skip
+    before = [("… ", False, False)] if begin else []
+    return [*before, *found, *([(" …", False, False)] if end < len(context) else [])]
 
 
 # ------------------------------------------------------------------------------------------- trust

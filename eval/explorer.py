@@ -198,7 +198,7 @@ def cut(text: str) -> str:
 
 def rows(made: Mapping[str, Any]) -> Iterator[list[str]]:
     """The questions as rows of a table, for a browser without JavaScript."""
-    kinds = [name for name, _ in made["kinds"]]
+    kinds = [label for _, label in made["kinds"]]
     for one in made["questions"]:
         row = [one["i"], one["q"], " | ".join(dict.fromkeys(one["a"])) or "no answer"]
         for found in one["r"]:

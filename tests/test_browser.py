@@ -4,8 +4,6 @@
 """
 
 import json
-import re
-import shutil
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -13,28 +11,13 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from browsing import Page, browser  # noqa: F401 (a fixture)
 from conftest import QUICKSTART
 
 from flaxqa import cli
-from flaxqa.answers import Answer, Answers
-from flaxqa.eval import examples, mistakes, questions, report, run, squad, summaries
-from flaxqa.eval.questions import Data, SquadExample
+from flaxqa.eval import examples, groups, mistakes, report, summaries
 
 pytestmark = pytest.mark.browser
-EVIL = '</script><script>document.title="broken"</script><img src=x onerror="document.title=1"><!--'
-TURNED = "\u202eturned \u2066 around"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("there is no Chromium on this machine")
-    with driver.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -57,40 +40,24 @@ def made(tmp_path_factory):
             *options,
         ]
         assert cli.run(command) == 0
-    for page, names in (("one", ["plain"]), ("two", ["plain", "short"]), ("few", ["plain", "few"])):
+    without_answers(folder / "v2.json")
+    command = ["eval", "--model", str(QUICKSTART / "checkpoint"), "--data", str(folder / "v2.json")]
+    assert cli.run([*command, "--output", str(folder / "none")]) == 0
+    pages = {"one": ["plain"], "two": ["plain", "short"], "few": ["plain", "few"], "v2": ["none"]}
+    for page, names in pages.items():
         runs = [str(folder / name) for name in names]
         assert cli.run(["report", *runs, "--output", str(folder / f"{page}.html")]) == 0
     return folder
 
 
-class Page:
-    """An open page, with all that it said and asked for."""
-
-    def __init__(self, context, path, place=""):
-        self.page = context.new_page()
-        self.said, self.asked = [], []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(f"{path.as_uri()}{place}")
-
-    def count(self):
-        time.sleep(0.25)  # filters wait for the end of typing
-        return int(self.page.inner_text("#count").split(" of ")[0].replace(",", ""))
-
-    def choose(self, name, value):
-        self.page.select_option(f"select[name={name}]", value)
-        return self.count()
-
-    def beyond(self, width):
-        """How many parts of the questions are outside of the page."""
-        ends = """[...document.querySelectorAll("#list *")]
-            .filter(e => !e.parentNode.closest(".scroll"))
-            .map(e => e.getBoundingClientRect().right)"""
-        return sum(end > width + 1 for end in self.page.evaluate(ends))
-
-    def open_question(self):
-        return self.page.locator("li.open .asked").inner_text()
+def without_answers(path):
+    """The held-out questions as SQuAD 2.0, every third without an answer."""
+    content = json.loads((QUICKSTART / "heldout.json").read_text())
+    every = [qa for one in content["data"] for part in one["paragraphs"] for qa in part["qas"]]
+    for place, qa in enumerate(every):
+        qa["is_impossible"] = place % 3 == 0
+        qa["answers"] = qa["answers"] if place % 3 else []
+    path.write_text(json.dumps({**content, "version": "v2.0"}))
 
 
 @pytest.fixture
@@ -140,13 +107,40 @@ def test_filters_show_what_the_table_of_questions_has(opened, made):
     tenth = np.minimum(np.floor(np.round(other["score"].astype(float), 4) * 10), 9)
     assert shown.choose("score", "9") == (tenth == 9).sum()
     shown.choose("score", "")
-    who = [
-        ("who" in q.lower().split()) and not {"what"} & {*q.lower().split()}
-        for q in one["question"]
-    ]
-    assert abs(shown.choose("group-0", "1") - sum(who)) < 20
+    asked = examples.of_run(report.runs.evaluation(made / "plain")).questions
+    for number, grouping in enumerate(groups.GROUPINGS):
+        found = [grouping.of(question) for question in asked]
+        for place, label in enumerate(grouping.order):
+            if label in found:
+                assert shown.choose(f"group-{number}", str(place)) == found.count(label)
+        shown.choose(f"group-{number}", "")
     shown.page.click("button[type=reset]")
     assert shown.count() == 559
+
+
+def test_questions_without_an_answer_can_be_chosen(opened, made):
+    shown, one = opened("v2"), table(made, "none")
+    none = np.array([not golds for golds in one["answers"]])
+    assert shown.choose("state", "possible") == (~none).sum()
+    assert shown.choose("state", "impossible") == none.sum() == 187
+    shown.page.keyboard.press("Escape")
+    shown.page.keyboard.press("j")
+    assert "Right: no answer" in shown.page.inner_text("li.open")
+    odds = shown.page.locator("li.open td[data-name='null odds']").inner_text()
+    assert odds == f"{one['null_odds'][0]:.2f}"
+    assert shown.choose("state", "none") == (one["prediction"] == "").sum()
+
+
+def test_a_new_order_begins_with_its_first(opened, made):
+    one = table(made, "plain")
+    shown = opened("one", "#" + quote(one["id"][400]))
+    shown.choose("sort", "low")
+    first = np.argmin(one["score"].astype(float).round(4))
+    assert shown.page.locator("#list .asked").first.inner_text() == one["question"][first]
+    assert not shown.page.locator("#earlier").is_visible()
+    shown.page.keyboard.press("Escape")
+    shown.page.keyboard.press("j")
+    assert shown.open_question() == one["question"][first]
 
 
 def test_search_finds_words_anywhere(opened, made):
@@ -177,7 +171,9 @@ def test_search_finds_words_anywhere(opened, made):
 def test_orders_are_by_score_and_f1(opened, made):
     shown, one = opened("one"), table(made, "plain")
     for order, places in (
-        ("low", np.argsort(one["score"].astype(float), kind="stable")),
+        ("low", np.argsort(one["score"].astype(float).round(4), kind="stable")),
+        ("high", np.argsort(-one["score"].astype(float).round(4), kind="stable")),
+        ("question", np.argsort([text.lower() for text in one["question"]], kind="stable")),
         ("f1", np.argsort(one["f1"].astype(float), kind="stable")),
         ("long", np.argsort([-len(c) for c in one["context"]], kind="stable")),
     ):
@@ -193,7 +189,7 @@ def test_keys_go_through_the_questions(opened, made):
     for _ in range(70):  # past what is drawn at first
         shown.page.keyboard.press("j")
     assert shown.open_question() == one["question"][70]
-    assert shown.page.url.endswith("#" + quote(one["id"][70]))
+    assert shown.page.evaluate("location.hash") == "#" + quote(one["id"][70])
     shown.page.keyboard.press("k")
     assert shown.open_question() == one["question"][69]
     assert shown.page.locator("li.open").count() == 1
@@ -215,6 +211,43 @@ def test_links_open_their_question(opened, made):
     time.sleep(0.3)
     assert shown.open_question() == one["question"][right]
     assert shown.count() == 559  # it was hidden by the filter
+
+
+def test_a_link_opens_its_question_every_time(opened):
+    shown = opened("one")
+    examples_of = shown.page.locator("details", has_text=": examples").first
+    examples_of.locator("summary").click()
+    link = examples_of.locator("a").first
+    for before in (None, "Escape", "j"):
+        if before:
+            shown.page.keyboard.press(before)
+        link.click()
+        time.sleep(0.2)
+        assert shown.open_question() == link.inner_text()
+        place = shown.page.locator("li.open").bounding_box()["y"]
+        assert 0 <= place < 100
+
+
+def test_examples_of_mistakes_are_marked_as_questions_are(opened, made):
+    shown, one = opened("one"), table(made, "plain")
+    shown.page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true })")
+    marked = shown.page.locator("details p", has=shown.page.locator(".run"))
+    assert marked.count() > 1
+    for each in marked.all():
+        row = one["question"].tolist().index(each.locator("a").inner_text())
+        assert "".join(each.locator(".run").all_inner_texts()) == one["prediction"][row]
+        if len(one["answers"][row]) == 1:
+            assert "".join(each.locator("mark").all_inner_texts()) == one["answers"][row][0]
+
+
+def test_what_is_below_the_list_stays_where_it_is(opened):
+    shown = opened("one")
+    drawn = shown.page.locator("#list li").count()
+    for _ in range(3):
+        shown.page.click("nav >> text=Trust")
+        time.sleep(0.2)
+        assert abs(shown.page.locator("#section-trust").bounding_box()["y"]) < 2
+    assert shown.page.locator("#list li").count() == drawn
 
 
 def test_links_of_mistakes_and_of_differences_set_filters(opened, made):
@@ -243,8 +276,13 @@ def test_right_and_predicted_answers_are_marked(opened, made):
 
 
 def test_runs_of_other_questions_say_so(opened, made):
-    shown = opened("few")
+    shown, few = opened("few"), table(made, "few")
     assert "do not compare" in shown.page.inner_text("body")
+    common = shown.page.locator("table", has_text="questions of all").locator("tbody tr")
+    for row in common.all():
+        cells = row.locator("td").all_inner_texts()
+        assert cells[1] == "50"
+        assert cells[2].startswith(f"{100 * few['exact_match'].astype(float).mean():.2f} (")
     assert shown.choose("run", "1") == 50
 
 
@@ -267,6 +305,10 @@ def test_without_javascript_there_are_tables(opened, made):
     assert cells[0] == one["id"][7]
     assert cells[1] == one["question"][7]
     assert cells[3] == one["prediction"][7]
+    wrong = int(np.flatnonzero(table(made, "short")["exact_match"] == 0)[0])
+    verdict = rows.nth(wrong).locator("td").nth(7).inner_text()
+    kind = mistakes.KINDS[table(made, "short")["mistake"][wrong]]
+    assert verdict == f"F1 {100 * table(made, 'short')['f1'][wrong]:.0f}, {kind}"
     assert not shown.page.locator("#filters").is_visible()
 
 
@@ -286,6 +328,23 @@ def test_tables_can_be_copied(opened):
     shown.page.locator("details.copies").first.locator("summary").click()
     shown.page.locator("details.copies").first.locator("button").nth(1).click()
     assert shown.page.evaluate("navigator.clipboard.readText()").startswith("\\begin{tabular}{l")
+
+
+def test_it_works_inside_of_another_page(browser, made):
+    page = browser.new_page()
+    said = []
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.set_content(
+        "<iframe sandbox='allow-scripts' style='width: 900px; height: 600px'></iframe>"
+    )
+    html = (made / "one.html").read_text()
+    page.evaluate("html => { document.querySelector('iframe').srcdoc = html }", html)
+    inside = page.frame_locator("iframe")
+    for place in range(2):
+        inside.locator(".question").nth(place).click()
+        assert inside.locator("li.open").count() == 1
+    assert said == []
+    page.close()
 
 
 # --- comparisons ---
@@ -345,129 +404,4 @@ def test_a_comparison_on_a_telephone(browser, compared):
     assert name["x"] == pytest.approx(edges["x"], abs=1)
     assert name["width"] < 0.4 * edges["width"]
     assert last["x"] + last["width"] <= edges["x"] + edges["width"] + 1
-    context.close()
-
-
-# --- hostile data ---
-
-
-def evaluation(folder, asked, answers):
-    """A run of these questions, written as `flaxqa eval` writes one."""
-    rows = []
-    for question, said in zip(asked, answers, strict=True):
-        start = question.context.find(said)
-        rows.append(
-            Answers([Answer(said, start, start + len(said), 0.5, 1.0, 1.0)] if said else [])
-        )
-        rows[-1].n_windows, rows[-1].null_odds = 1, -1.0
-    data = Data(list(asked), False)
-    predictions = run.best_texts(asked, rows, None)
-    scores = squad.score(asked, predictions)
-    kinds = [mistakes.kind_of(q, mistakes.Prediction(predictions[q.id])) for q in asked]
-    metrics = {
-        **scores.means,
-        "exact_match_interval": [0, 1],
-        "f1_interval": [0, 1],
-        "total": len(asked),
-        "questions_per_second": 1.0,
-    }
-    about = {
-        "config": {"model": EVIL, "limit": None},
-        "started": "2026-01-01T00:00:00+00:00",
-        "data": {
-            "name": EVIL,
-            "questions": len(asked),
-            "version": "1.1",
-            "questions_sha256": questions.sha256(asked),
-        },
-        "platform": {"dtype": "float32"},
-        "model": {},
-    }
-    folder.mkdir()
-    run.write(folder, data, rows, predictions, scores, kinds, metrics, about)
-    return folder
-
-
-def hostile(name, folder):
-    """Questions that would break a page."""
-    word = "w" * 1_000_000
-    texts = [
-        EVIL,
-        TURNED,
-        "\x00\x01\x1b[31m",
-        "\ud800 lone",
-        "a\u2028b\u2029c",
-        "",
-        "\U0001f600 x",
-        "&lt;b&gt; {{ 7 * 7 }} ${x} `",
-        "\r\n\t",
-    ]
-    if name == "texts":
-        asked = [
-            SquadExample(
-                f"{place} {text}#/?%&'\"",
-                f"q {text}",
-                f"before {text} Turin {text}",
-                ("Turin", text or "x"),
-            )
-            for place, text in enumerate(texts)
-        ]
-        return evaluation(folder / EVIL.replace("/", "_"), asked, ["Turin"] * len(asked))
-    if name == "word":
-        asked = [
-            SquadExample("1", word, word, (word,)),
-            SquadExample("2", "q", word + " Turin", ("Turin",)),
-        ]
-        return evaluation(folder / name, asked, [word, "Turin"])
-    if name == "alike":
-        context = "Ada lives in Turin. " * 200
-        asked = [
-            SquadExample(str(place), f"Who is {place}?", context, ("Ada",))
-            for place in range(10_000)
-        ]
-        return evaluation(folder / name, asked, ["Turin"] * 10_000)
-    many, size = (12_500, 300) if name == "many" else (400, 100_000)
-    asked = [
-        SquadExample(
-            str(place), "Who?", f"{place} Turin " + chr(97 + place % 26) * size, ("Turin",)
-        )
-        for place in range(many)
-    ]
-    return evaluation(
-        folder / name, asked, ["Turin" if place % 2 else str(place) for place in range(many)]
-    )
-
-
-@pytest.mark.parametrize("name", ["texts", "word", "alike", "many", "long"])
-def test_hostile_data_do_not_break_the_page(browser, tmp_path, name):
-    directory = hostile(name, tmp_path)
-    path = tmp_path / "page.html"
-    report.write([report.read(directory)], path)
-    assert path.stat().st_size < 25_000_000
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    began = time.perf_counter()
-    shown = Page(context, path)
-    shown.page.wait_for_selector("#list li")
-    assert time.perf_counter() - began < 10
-    assert shown.said == []
-    assert shown.asked == [path.as_uri()]
-    assert shown.page.title().startswith("flaxqa: ")
-    one = examples.of_run(report.runs.evaluation(directory))
-    for _ in range(3):
-        shown.page.keyboard.press("j")
-        assert shown.page.locator("li.open .detail").count() == 1
-    assert shown.page.evaluate("document.documentElement.scrollWidth") <= 1280
-    assert shown.beyond(1280) == 0
-    if name == "texts":
-        for question in one.questions:
-            shown.page.goto(path.as_uri() + "#" + quote(question.id, safe=""))
-            time.sleep(0.1)
-            wanted = re.sub(r"[\x00-\x20\u2028\u2029]+", " ", question.question).strip()
-            found = re.sub(r"[\x00-\x20\u2028\u2029]+", " ", shown.open_question()).strip()
-            assert found.replace("\ufffd", "") == wanted.replace("\ufffd", "")
-    content = json.loads(
-        re.search(r'id="questions-data">(.*?)</script>', path.read_text(), re.DOTALL)[1]
-    )
-    assert len(content["questions"]) + content["left_out"] == len(one.questions)
-    assert (content["left_out"] > 0) == (name == "many")
     context.close()

@@ -1,8 +1,11 @@
 """Two runs beside each other, groups of one's own, and what the page's script reads."""
 
+import dataclasses
 import fractions
 import json
 import math
+import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -294,6 +297,65 @@ def test_a_page_has_a_limit(both, monkeypatch):
     least = explorer.payload(both, ())
     assert least["left_out"] == 120 - len(least["questions"]) > 0
     assert len(explorer.as_script(least)) <= whole // 20
+
+
+def test_the_limit_is_of_the_table_too(both, monkeypatch):
+    made = explorer.payload(both, ())
+    table = sum(len(cell) for row in explorer.rows(made) for cell in row)
+    size = len(explorer.as_script(made)) + table
+    assert size < explorer.weight(made) < 1.5 * size
+    monkeypatch.setattr(explorer, "BYTES", explorer.weight(made))
+    assert len(explorer.payload(both, ())["contexts"][0]) == len(made["contexts"][0])
+    monkeypatch.setattr(explorer, "BYTES", explorer.weight(made) - 1)
+    smaller = explorer.payload(both, ())
+    assert explorer.weight(smaller) < explorer.weight(made)
+    assert smaller["left_out"] > 0  # as parts of contexts are not shared, whole ones are
+
+
+def test_examples_of_mistakes_mark_the_places_that_are_meant(both):
+    context = "In 15 years the one of ten had one and 1."
+    at = context.index("one and")
+    question = SquadExample("1", "How many?", context, ("one", "1"), (at, len(context) - 2))
+    run = dataclasses.replace(
+        both[0], questions=[question], predictions=["the one"], spans=[(12, 19)], mistakes=["x"]
+    )
+    assert evaluated.example(run, 0)["pieces"] == [
+        ("In 15 years ", False, False),
+        ("the one", False, True),
+        (" of ten had ", False, False),
+        ("one", True, False),
+        (" and ", False, False),
+        ("1", True, False),
+        (".", False, False),
+    ]
+    found = evaluated.pieces("a" * 500 + "bcd" + "a" * 500, [(500, 502)], [(501, 503)])
+    assert found[2:5] == [("b", True, False), ("c", True, True), ("d", False, True)]
+    assert [found[0][0], found[-1][0]] == ["\u2026 ", " \u2026"]
+    assert [len(text) for text, _, _ in found] == [2, 160, 1, 1, 1, 160, 2]
+    assert evaluated.pieces("abc", [], []) == [("abc", False, False)]
+
+
+def test_runs_of_one_name_have_a_configuration_each(made, tmp_path):
+    path = tmp_path / "page.html"
+    for folder in ("a", "b"):
+        shutil.copytree(made / "few", tmp_path / folder / "run")
+    report.write([report.read(tmp_path / folder / "run") for folder in ("a", "b")], path)
+    told = path.read_text().split("Configuration, model, data and machine")[1]
+    assert '"a/run": {' in told
+    assert '"b/run": {' in told
+
+
+def test_names_that_are_not_utf_8_can_be_shown(made, tmp_path):
+    path, folder = tmp_path / "page.html", os.fsdecode(os.fsencode(tmp_path) + b"/na\xffme")
+    shutil.copytree(made / "few", folder)
+    about = json.loads((made / "few" / "run.json").read_text())
+    about["config"]["model"] = "lone \ud800"
+    (pathlib.Path(folder) / "run.json").write_text(json.dumps(about))
+    report.write([report.read(folder), report.read(made / "few")], path)
+    text = path.read_text()
+    assert "na\ufffdme" in text
+    assert "lone \ufffd" in text
+    assert 'class="warn"' not in text
 
 
 def test_pieces_of_contexts_keep_places_as_javascript_counts_them():

@@ -518,3 +518,15 @@ def test_tables_are_copied_as_markdown_and_latex(page):
     assert copies.latex(["\u03bc"], [["\u00b5\u2013"]]).splitlines()[1:4:2] == [
         "$\\mu$ \\\\", "$\\mu$-- \\\\"]  # fmt: skip
     assert page.count('<pre class="copy">') == 2 * page.count('<details class="copies">') > 4
+
+
+@pytest.mark.parametrize("name", ["_hidden", "$x_{$", "n" * 200, "two\nlines", "\u4e2d", "x$1"])
+def test_any_name_has_its_place_in_plots(name):
+    pictures = [
+        plots.bars([name], {name: [1.0], "other": [2.0]}, name="bars", xlabel="x"),
+        plots.lines({name: ([1, 2], [1, 2])}, name="lines", xlabel="x", ylabel="y"),
+    ]
+    wanted = name.replace("\n", " ") if len(name) < 40 else "n" * 20 + "\u2026" + "n" * 20
+    for picture, times in zip(pictures, (2, 1), strict=True):
+        found = [text.strip() for text in re.findall("<text[^>]*>([^<]*)</text>", picture)]
+        assert found.count(wanted) == times
