@@ -176,11 +176,14 @@ def pieces(
     begin = max(min((span[0] for span in spans), default=0) - AROUND, 0)
     end = min(max((span[1] for span in spans), default=AROUND) + AROUND, len(context))
     ends = sorted({begin, end, *(place for span in spans for place in span)})
+
+    def inside(of: Sequence[mistakes.Span], one: int, other: int) -> bool:
+        return any(first <= one and other <= last for first, last in of)
+
     found = [
-        (cut(context[one:other]), *(any(first <= one and other <= last for first, last in of)
-                                    for of in (right, said)))
+        (cut(context[one:other]), inside(right, one, other), inside(said, one, other))
         for one, other in itertools.pairwise(ends)
-    ]  # fmt: skip
+    ]
     before = [("… ", False, False)] if begin else []
     return [*before, *found, *([(" …", False, False)] if end < len(context) else [])]
 
