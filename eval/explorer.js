@@ -271,7 +271,7 @@
   function detail(one) {
     const made = make("div", "detail");
     made.append(context(one));
-    if (one.m && (one.s.includes(null) || one.r.some((found) => found && found[TEXT] && !found[SPAN]))) {
+    if (one.s.includes(null) || one.r.some((found) => found && found[TEXT] && !found[SPAN])) {
       made.append(make("p", "soft", "Some answers are not in the part of the context that is shown."));
     }
     const right = make("p");

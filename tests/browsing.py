@@ -50,6 +50,10 @@ class Page:
             .map(e => e.getBoundingClientRect().right)"""
         return sum(end > width + 1 for end in self.page.evaluate(ends))
 
+    def wait_for(self, question):
+        """Until this question is open: links are followed a little later than they are clicked."""
+        self.page.locator("li.open .asked", has_text=question).wait_for(timeout=10_000)
+
     def open_question(self):
         return self.page.locator("li.open .asked").inner_text()
 

@@ -143,8 +143,7 @@ def test_any_id_is_a_link(page_of, name):
     link = shown.page.locator("li.open a").get_attribute("href")
     shown.page.keyboard.press("Escape")
     shown.page.evaluate("link => { location.hash = '#o'; location.hash = link }", link)
-    time.sleep(0.2)
-    assert shown.open_question() == "this?"
+    shown.wait_for("this?")
     assert shown.said == []
 
 
