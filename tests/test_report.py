@@ -436,6 +436,28 @@ def test_speed_and_quality_are_one_picture(content):
     assert "torch/float32" in plots.speed_and_quality(rows)
 
 
+def test_the_fastest_way_is_in_the_picture(content, monkeypatch):
+    points = []
+    monkeypatch.setattr(plots, "scatter", lambda given, **_: points.extend(given) or "")
+    rows = summaries.there(content)
+    for row in rows:
+        row["offline"]["streamed"] = {**row["offline"]["tuned"], "questions_per_second": 70.0}
+    plots.speed_and_quality(rows)
+    assert [one["speed"] for one in points] == [100, 70, 70]
+    assert [one["valid"] for one in points] == [True, True, False]
+    assert points[0]["score"] == 80
+    assert points[0]["interval"] == [79, 81]
+
+
+def test_the_first_bars_are_on_top(monkeypatch):
+    found = []
+    monkeypatch.setattr(plots, "svg", lambda figure, name: found.append(figure) or "")
+    plots.bars(["a", "b"], {"x": [1, 2], "y": [3, None]}, name="n", xlabel="l")
+    bottom, top = found[0].axes[0].get_ylim()
+    assert bottom > 1.4
+    assert top < -0.4
+
+
 @pytest.fixture
 def scattered(monkeypatch):
     """The axes of a scatter of speeds, scores, whether they are valid, and intervals."""
@@ -453,7 +475,8 @@ def scattered(monkeypatch):
 
 
 def test_the_edge_has_what_nothing_beats_both_ways(scattered):
-    values = [(1, 9, True), (3, 6, True), (2, 5, True), (4, 4, True), (4, 4, True), (9, 9, False)]
+    values = [(1, 9, True), (3, 6, True), (2, 5, True), (4, 4, True), (4, 4, True), (9, 9, False),
+              (4, 3, True), (0.5, 9, True)]  # fmt: skip
     axes = scattered(*((*one, None) for one in values))
     edge, *points = axes.lines
     assert edge.get_xydata().tolist() == [[4, 4], [4, 4], [6, 3], [9, 1]]
@@ -462,7 +485,8 @@ def test_the_edge_has_what_nothing_beats_both_ways(scattered):
     assert hollow == [[9, 9]]
     assert len(points) == len(values)
     assert not axes.collections  # no intervals
-    assert [one.get_text() for one in axes.texts] == ["1", "2", "3", "4", "4", "9, INVALID"]
+    assert [one.get_text() for one in axes.texts] == [
+        "0.5", "1", "2", "3", "4", "4", "4", "9, INVALID"]  # fmt: skip
 
 
 def test_points_have_intervals_and_the_scale_has_numbers(scattered):
