@@ -97,14 +97,13 @@ def error_interval(scores: np.ndarray, right: np.ndarray) -> tuple[float, float]
     the error where it misses it.
     """
     rng, owner, apart = np.random.default_rng(squad.SEED), bin_of(scores), right - scores
-    every = len(scores)
-    errors = [error(scores, right)]
+    every, value, errors = len(scores), error(scores, right), []
     for _ in range(RESAMPLES):
         drawn = rng.integers(0, every, every)
         sums = np.bincount(owner[drawn], apart[drawn], BINS)
         errors.append(float(np.abs(sums).sum() / every))
-    low, high = np.percentile(errors[1:], (2.5, 97.5)).tolist()
-    return min(low, errors[0]), max(high, errors[0])
+    low, high = np.percentile(errors, (2.5, 97.5)).tolist()
+    return min(low, value), max(high, value)
 
 
 class Curve(NamedTuple):
@@ -114,7 +113,6 @@ class Curve(NamedTuple):
       threshold: float [N], falls: answers of at least this score are given.
       coverage: float [N], the share of questions that have one.
       risk: float [N], the share of those answers that is wrong.
-      interval: float [N, 2] or None.
     """
 
     threshold: np.ndarray

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from .groups import Grouping
 from .plots import NOTHING, bars, lines, number
 from .runs import Run, last_part, names
 from .squad import METRICS, Scores
-from .summaries import AROUND, cut, signed
+from .summaries import pieces, scored, signed
 
 EXAMPLES = 3  # of a kind of mistake
 Table = tuple[list[str], list[list[Any]]]
@@ -79,8 +78,7 @@ def with_interval(metrics: Mapping[str, Any], name: str, digits: int = 2) -> str
     """A score and its interval, where there is one."""
     if name not in metrics:
         return NOTHING
-    low, high = metrics[f"{name}_interval"]
-    return f"{metrics[name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    return scored(metrics[name], metrics[f"{name}_interval"], digits)
 
 
 def ece(content: Mapping[str, Any]) -> str:
@@ -168,36 +166,15 @@ def example(run: Examples, place: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def pieces(
-    context: str, right: Sequence[mistakes.Span], said: Sequence[mistakes.Span]
-) -> list[tuple[str, bool, bool]]:
-    """The part of a context around spans, in pieces; of each whether it is right, and was said."""
-    spans = [*right, *said]
-    begin = max(min((span[0] for span in spans), default=0) - AROUND, 0)
-    end = min(max((span[1] for span in spans), default=AROUND) + AROUND, len(context))
-    ends = sorted({begin, end, *(place for span in spans for place in span)})
-
-    def inside(of: Sequence[mistakes.Span], one: int, other: int) -> bool:
-        return any(first <= one and other <= last for first, last in of)
-
-    found = [
-        (cut(context[one:other]), inside(right, one, other), inside(said, one, other))
-        for one, other in itertools.pairwise(ends)
-    ]
-    before = [("… ", False, False)] if begin else []
-    return [*before, *found, *([(" …", False, False)] if end < len(context) else [])]
-
-
 # ------------------------------------------------------------------------------------------- trust
 
 
-def trust(runs: Sequence[Examples], precision: float | None) -> dict[str, Any]:
+def trust(runs: Sequence[tuple[Run, Examples]], precision: float | None) -> dict[str, Any]:
     """Tables and plots of how far scores can be trusted."""
     rows, reliability, spread, risks = [], {}, {}, {}
-    for run in runs:
-        own, right = run.score[run.answered], run.right[run.answered]
-        odds = run.null_odds if run.v2 else None
-        content = calibration.told(run.scores, run.answered, run.score, odds, precision)
+    for of_run, run in runs:
+        own, right, reached = run.score[run.answered], run.right[run.answered], None
+        content = of_run.content["calibration"]
         row = [run.name, f"{content['answers']:,}"]
         if len(own):
             row += [f"{content['mean_score']:.3f}", f"{content['right']:.3f}", ece(content),
@@ -207,8 +184,10 @@ def trust(runs: Sequence[Examples], precision: float | None) -> dict[str, Any]:
             spread[run.name] = [b["interval"] for b in found]
             curve = calibration.risk_coverage(own, right, len(run.questions))
             risks[run.name] = (curve.coverage.tolist(), (100.0 * curve.risk).tolist())
+            if precision is not None:
+                reached = calibration.for_precision(curve, precision)
         row += [NOTHING] * (6 - len(row))
-        row += [precise(content.get("for_precision"))] if precision is not None else []
+        row += [precise(reached)] if precision is not None else []
         rows.append(row)
     head = ["run", "answers", "mean score", "share right", "calibration error", "AURC"]
     head += [f"for a precision of {precision:g}"] if precision is not None else []

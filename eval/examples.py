@@ -15,7 +15,7 @@ from flaxqa.answers import Answers
 from flaxqa.errors import DataError
 
 from . import runs, squad
-from .questions import SquadExample
+from .questions import VERSION, SquadExample
 
 FILE = "per_example.parquet"
 
@@ -171,7 +171,7 @@ def of_run(run: runs.Run) -> Examples:
              for start, end in zip(columns["start"], columns["end"], strict=True)]  # fmt: skip
     return Examples(
         name=files.local(run.directory).name,
-        v2=str(run.about["data"]["version"]) != "1.1",
+        v2=str(run.about["data"]["version"]) != VERSION,
         questions=questions,
         scores=squad.Scores(tuple(one.id for one in questions), values, unanswered, has_answer),
         predictions=columns["prediction"],

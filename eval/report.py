@@ -127,12 +127,13 @@ def trained(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def evaluated_of(given: Sequence[Run], options: Mapping[str, Any]) -> dict[str, Any] | None:
+def evaluated_of(
+    given: Sequence[Run], groupings: Sequence[Grouping], precision: float | None
+) -> dict[str, Any] | None:
     """The evaluations as the page shows them; None without any."""
     found = [one.evaluation for one in given if one.evaluation is not None]
     if not found:
         return None
-    groupings, precision = options["groupings"], options["precision"]
     same, grid = evaluated.parted(*evaluated.table(found))
     shown: dict[str, Any] = {
         "title": evaluated.title(found), "same": same, "table": grid,
@@ -156,14 +157,14 @@ def evaluated_of(given: Sequence[Run], options: Mapping[str, Any]) -> dict[str, 
     return shown | {
         "common": evaluated.common(own) if shown["differ"] else None,
         "differences": evaluated.differences(read, groupings),
-        "mistakes": evaluated.mistakes_of(own), "trust": evaluated.trust(own, precision),
+        "mistakes": evaluated.mistakes_of(own), "trust": evaluated.trust(read, precision),
         "no_answer": evaluated.no_answer(read), "groups": evaluated.groups(own, groupings),
         "names": [each.name for each in own], "payload": payload,
-        "data": markupsafe_of(explorer.as_script(payload)), "rows": list(explorer.rows(payload)),
+        "data": as_html(explorer.as_script(payload)), "rows": list(explorer.rows(payload)),
     }  # fmt: skip
 
 
-def markupsafe_of(text: str) -> Any:
+def as_html(text: str) -> Any:
     """A text that is HTML already."""
     import markupsafe
 
@@ -213,10 +214,10 @@ def page(
     template = environment.get_template("report.html")
     return template.render(
         compared=compared,
-        evaluated=evaluated_of(given, {"groupings": groupings, "precision": precision}),
+        evaluated=evaluated_of(given, groupings, precision),
         probed=[probed(run.name, run.probe) for run in given if run.probe is not None],
         trained=[trained(run.name, run.training) for run in given if run.training is not None],
-        most=MOST_ASSOCIATIONS, number=number, script=markupsafe_of(script),
+        most=MOST_ASSOCIATIONS, number=number, script=as_html(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from .copies import markdown
 from .plots import NOTHING, number
 from .runs import DataSet, Run, last_part
 from .squad import METRICS
+from .summaries import scored
 
 LONGEST = 300  # characters of a text from data
 WIDTH = 88  # of commands
@@ -49,11 +50,6 @@ def fenced(code: str, language: str) -> str:
     ticks = max((len(one) for one in re.findall(r"`+", code)), default=0)
     fence = "`" * max(ticks + 1, 3)
     return f"{fence}{language}\n{code.rstrip()}\n{fence}"
-
-
-def scored(value: float, interval: Sequence[float] | None) -> str:
-    """A score and its 95 % interval."""
-    return f"{value:.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
 
 
 def share(found: Mapping[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,12 @@ def mebibytes(size: int | None) -> str:
 
 def signed(value: float, digits: int = 2) -> str:
     return f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def scored(value: float, interval: Sequence[float] | None, digits: int = 2) -> str:
+    """A score and its 95 % interval."""
+    ends = f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
+    return f"{value:.{digits}f}{ends}"
 
 
 def interval(low: float, high: float) -> str:
@@ -126,13 +133,12 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     return said
 
 
+Span = tuple[int, int]  # characters, the second one past the end
 Table = tuple[list[str], list[list[str]]]  # the head and the rows
 Cells = list[tuple[str, str]]  # the column and what stands there
 
 
-def table(
-    content: Mapping[str, Any], dollars: float | None = None
-) -> tuple[list[str], list[list[str]]]:
+def table(content: Mapping[str, Any], dollars: float | None = None) -> Table:
     """The main table: its head and its rows, as text; a column where any backend has something.
 
     Args:
@@ -216,7 +222,10 @@ def cells(row: Mapping[str, Any], placed: bool, dollars: float | None) -> Cells:
     f1 = row["scores"]["f1"]
     found: Cells = [("backend", row["name"]), *([("on", row["device"])] if placed else []),
                     ("verdict", row["verdict"])]  # fmt: skip
-    found += [(METRICS[name].label, scored(one)) for name, one in row["scores"].items()]
+    found += [
+        (METRICS[name].label, scored(one["value"], one.get("interval")))
+        for name, one in row["scores"].items()
+    ]
     for way, one in row["offline"].items():
         spread = f"{number(one['lowest'])} to {number(one['highest'])}"
         found.append((f"questions/s, {way}", f"{number(one['questions_per_second'])} ({spread})"))
@@ -254,13 +263,6 @@ def cells(row: Mapping[str, Any], placed: bool, dollars: float | None) -> Cells:
     return found
 
 
-def scored(one: Mapping[str, Any]) -> str:
-    """A score with its 95 % interval, where it has one."""
-    if "interval" not in one:
-        return f"{one['value']:.2f}"
-    return f"{one['value']:.2f} ({one['interval'][0]:.2f} to {one['interval'][1]:.2f})"
-
-
 def useful(offline: Mapping[str, Any]) -> str:
     """The rate of multiplications and additions that answers need, and its share of a product's."""
     share = offline["share_of_products"]
@@ -296,24 +298,32 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def excerpt(context: str, answers: Sequence[str]) -> list[tuple[str, bool]]:
-    """The part of a context around an answer, in pieces; of each whether it is an answer."""
-    found = [(at, text) for text in answers if text and (at := context.find(text)) >= 0]
-    if not found:
-        return [(context[: 2 * AROUND] + (" …" if len(context) > 2 * AROUND else ""), False)]
-    first, last = min(at for at, _ in found), max(at + len(text) for at, text in found)
-    begin, end = max(first - AROUND, 0), min(last + AROUND, len(context))
-    marked = [
-        any(at <= place < at + len(text) for at, text in found) for place in range(begin, end)
-    ]
-    pieces = [("… ", False)] if begin else []
-    place = begin
-    while place < end:
-        stop = place
-        while stop < end and marked[stop - begin] == marked[place - begin]:
-            stop += 1
-        pieces.append((context[place:stop], marked[place - begin]))
-        place = stop
-    return [*pieces, *([(" …", False)] if end < len(context) else [])]
+    """The part of a context around answers, in pieces; of each whether it is an answer."""
+    found = [(at, at + len(text)) for text in answers if text and (at := context.find(text)) >= 0]
+    return [(text, marks[0]) for text, marks in pieces(context, found)]
+
+
+def pieces(context: str, *marks: Sequence[Span]) -> list[tuple[str, tuple[bool, ...]]]:
+    """The part of a context around spans, in pieces; its beginning where there are none.
+
+    Args:
+      context: of a question.
+      *marks: spans of characters; each piece comes with whether it is inside one of each.
+    """
+    spans = [span for each in marks for span in each]
+    begin = max(min((span[0] for span in spans), default=0) - AROUND, 0)
+    end = min(max((span[1] for span in spans), default=AROUND) + AROUND, len(context))
+    ends = sorted({begin, end, *(place for span in spans for place in span)})
+
+    def inside(part: Span) -> tuple[bool, ...]:
+        return tuple(any(a <= part[0] and part[1] <= b for a, b in each) for each in marks)
+
+    outside = tuple(False for _ in marks)
+    found = [("… ", outside)] if begin else []
+    for flags, parts in itertools.groupby(itertools.pairwise(ends), inside):
+        every = list(parts)
+        found.append((context[every[0][0] : every[-1][1]], flags))
+    return [*found, *([(" …", outside)] if end < len(context) else [])]
 
 
 def shown(text: str) -> Any:

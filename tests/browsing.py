@@ -3,10 +3,11 @@
 import shutil
 import time
 
+import numpy as np
 import pytest
 
 from flaxqa.answers import Answer, Answers
-from flaxqa.eval import mistakes, questions, run, squad
+from flaxqa.eval import calibration, mistakes, questions, run, squad
 from flaxqa.eval.questions import Data
 
 EVIL = '</script><script>document.title="broken"</script><img src=x onerror="document.title=1"><!--'
@@ -71,8 +72,10 @@ def evaluation(folder, asked, answers):
     predictions = run.best_texts(asked, rows, None)
     scores = squad.score(asked, predictions)
     kinds = [mistakes.kind_of(q, mistakes.Prediction(predictions[q.id])) for q in asked]
+    given = np.array([bool(row) for row in rows])
     metrics = {
         **scores.means,
+        "calibration": calibration.told(scores, given, np.full(len(rows), 0.5), None),
         "exact_match_interval": [0, 1],
         "f1_interval": [0, 1],
         "total": len(asked),

@@ -25,6 +25,7 @@ from flaxqa.eval import (
     report,
     runs,
     snippets,
+    summaries,
 )
 from flaxqa.eval.questions import SquadExample
 
@@ -320,19 +321,19 @@ def test_examples_of_mistakes_mark_the_places_that_are_meant(both):
         both[0], questions=[question], predictions=["the one"], spans=[(12, 19)], mistakes=["x"]
     )
     assert evaluated.example(run, 0)["pieces"] == [
-        ("In 15 years ", False, False),
-        ("the one", False, True),
-        (" of ten had ", False, False),
-        ("one", True, False),
-        (" and ", False, False),
-        ("1", True, False),
-        (".", False, False),
+        ("In 15 years ", (False, False)),
+        ("the one", (False, True)),
+        (" of ten had ", (False, False)),
+        ("one", (True, False)),
+        (" and ", (False, False)),
+        ("1", (True, False)),
+        (".", (False, False)),
     ]
-    found = evaluated.pieces("a" * 500 + "bcd" + "a" * 500, [(500, 502)], [(501, 503)])
-    assert found[2:5] == [("b", True, False), ("c", True, True), ("d", False, True)]
+    found = summaries.pieces("a" * 500 + "bcd" + "a" * 500, [(500, 502)], [(501, 503)])
+    assert found[2:5] == [("b", (True, False)), ("c", (True, True)), ("d", (False, True))]
     assert [found[0][0], found[-1][0]] == ["\u2026 ", " \u2026"]
-    assert [len(text) for text, _, _ in found] == [2, 160, 1, 1, 1, 160, 2]
-    assert evaluated.pieces("abc", [], []) == [("abc", False, False)]
+    assert [len(text) for text, _ in found] == [2, 160, 1, 1, 1, 160, 2]
+    assert summaries.pieces("abc", [], []) == [("abc", (False, False))]
 
 
 def test_runs_of_one_name_have_a_configuration_each(made, tmp_path):
